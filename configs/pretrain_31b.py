@@ -1,0 +1,44 @@
+"""Pre-train a Gemma 4 31B from scratch on 256 accelerators of 80 GB or more.
+
+  gemma4 train --config=pretrain_31b --config.run_dir=/shared/31b --config.tokenizer=/shared/tokenizer.json
+
+A starting point that has not been trained to its end: the architecture is the released one, the mesh and batch are
+sized by arithmetic, and the bundled sources only show the shape of `data.mixture`. The tokenizer must be one of the
+model's vocabulary. There are 31.3 billion parameters; they, their gradients and both moments take 16 bytes each in
+float32, 500 GB, of which each of the 128 devices that share a copy holds 3.9 GB.
+"""
+
+from ml_collections import ConfigDict
+
+from gemma4_jax.configs import base
+
+
+def get_config() -> ConfigDict:
+    """256 devices: 2 copies of parameters spread over 32 x 4 devices."""
+    config = base.get_config("31b")
+    config.name = "pretrain_31b"
+    config.run_dir = "runs/pretrain_31b"
+
+    config.mesh.data = -1
+    config.mesh.fsdp = 32
+    config.mesh.tensor = 4
+
+    config.data.seq_len = 8192
+    config.data.images_per_row = 16
+    config.data.soft_tokens_per_image = 280
+    config.data.patches_per_row = 16 * 9 * 280
+    config.data.batch_size = 512  # 4.2 million tokens
+    config.data.num_workers = 8
+
+    config.train.num_steps = 200_000
+    config.train.grad_accum_steps = 4
+    config.train.remat = "full"
+    config.train.loss_chunk = 512
+
+    config.optimizer.learning_rate = 1.5e-4
+    config.optimizer.warmup_steps = 2000
+
+    config.checkpoint.every_steps = 500
+    config.eval.every_steps = 1000
+    config.eval.batch_size = 64
+    return config

@@ -1,0 +1,44 @@
+"""Pre-train a Gemma 4 E2B from scratch on 64 accelerators of 80 GB or more.
+
+  gemma4 train --config=pretrain_e2b --config.run_dir=/shared/e2b --config.tokenizer=/shared/tokenizer.json
+
+A starting point that has not been trained to its end: the architecture is the released one, the mesh and batch are
+sized by arithmetic, and the bundled sources only show the shape of `data.mixture`. The tokenizer must be one of the
+model's vocabulary. Without the audio tower there are 4.8 billion parameters; they, their gradients and both moments
+take 16 bytes each in float32, 77 GB, of which each of the 8 devices that share a copy holds 9.6 GB.
+"""
+
+from ml_collections import ConfigDict
+
+from gemma4_jax.configs import base
+
+
+def get_config() -> ConfigDict:
+    """64 devices: 8 copies of parameters spread over 8 devices."""
+    config = base.get_config("e2b")
+    config.name = "pretrain_e2b"
+    config.run_dir = "runs/pretrain_e2b"
+    config.model.audio = None  # text and images only
+
+    config.mesh.data = -1
+    config.mesh.fsdp = 8
+
+    config.data.seq_len = 8192
+    config.data.images_per_row = 16
+    config.data.soft_tokens_per_image = 280
+    config.data.patches_per_row = 16 * 9 * 280
+    config.data.batch_size = 256  # 2.1 million tokens
+    config.data.num_workers = 8
+
+    config.train.num_steps = 100_000
+    config.train.grad_accum_steps = 2
+    config.train.remat = "full"
+    config.train.loss_chunk = 512
+
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 2000
+
+    config.checkpoint.every_steps = 1000
+    config.eval.every_steps = 1000
+    config.eval.batch_size = 64
+    return config

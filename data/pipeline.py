@@ -1,0 +1,174 @@
+"""From `config.data` to batches: sources, mixture, shuffle, shards, packing, prefetch."""
+
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from gemma4_jax.batch import Batch
+from gemma4_jax.config import Gemma4Config
+from gemma4_jax.data.assemble import assemble
+from gemma4_jax.data.images import join_patches
+from gemma4_jax.data.mixture import mix_sources, source_spec
+from gemma4_jax.data.pack import COUNTERS, PackIterDataset, RowShape
+from gemma4_jax.data.sources import BUNDLED, open_source
+from gemma4_jax.data.tokenize import DocumentTokenizer, Example, TokenizedSource
+from gemma4_jax.errors import InputError
+from gemma4_jax.tokenizer import Tokenizer
+
+PREFETCHED_BATCHES = 2
+
+
+# One thread reads, packs and runs ahead of the training step; more would only take turns with it.
+_READ_IN_PLACE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalItem:
+    """One question of an evaluation batch.
+
+    Attributes:
+      row: of the batch.
+      start, stop: the tokens start..stop-1 of the row are the answer, with the line break that ends it; what comes
+        before them in their segment is the prompt.
+      text: the answer, without the line break.
+      pixels: uint8 [height, width, 3], the image as the model sees it.
+    """
+
+    row: int
+    start: int
+    stop: int
+    text: str
+    pixels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Assemble:
+    """`assemble` with its last two arguments: an object, because worker processes must be able to pickle it."""
+
+    shape: RowShape
+    image_token: int
+
+    def __call__(self, rows: list[list[Example]]) -> Batch:
+        return assemble(rows, self.shape, self.image_token)
+
+
+def make_train_iterator(
+    config: Any, model_config: Gemma4Config, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """The endless training batches of one process.
+
+    Documents are drawn from the sources in the proportions of `data.mixture`, each source in a new random order every
+    epoch. Document n of that sequence goes to process n modulo `process_count`, which packs it. What an iterator
+    yields depends on nothing but the config, the data and the process; `get_state` and `set_state` make it go on
+    exactly where it was, and Orbax saves it.
+
+    Args:
+      config: the run config; `config.data` is read.
+      model_config: of the model that will read the batches.
+      tokenizer: its special tokens must be those of the model.
+      process_index, process_count: of this process.
+    Returns:
+      An iterator of `Batch` with numpy arrays of data.batch_size / process_count rows.
+    Raises:
+      InputError: if the config is not possible, or a source cannot be read or is empty.
+    """
+    data = config.data
+    if data.batch_size < 1 or data.batch_size % process_count:
+        raise InputError(f"data.batch_size={data.batch_size} must be a multiple of the {process_count} processes.")
+    tokenize = _document_tokenizer(config, model_config, tokenizer)
+    shape = RowShape.from_config(data, model_config)
+    examples = mix_sources(data, tokenize)[process_index::process_count]
+    rows = PackIterDataset(examples.to_iter_dataset(_READ_IN_PLACE), shape)
+    batches = rows.batch(data.batch_size // process_count, batch_fn=_Assemble(shape, tokenizer.tokens.image))
+    if data.num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain's worker processes read flags of their own, also where nothing has any
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.num_workers))
+    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCHED_BATCHES))
+
+
+def _document_tokenizer(config: Any, model_config: Gemma4Config, tokenizer: Tokenizer) -> DocumentTokenizer:
+    if tokenizer.tokens != model_config.tokens:
+        raise InputError(
+            f"tokenizer={config.tokenizer!r} does not belong to the model: its special tokens are {tokenizer.tokens}, "
+            f"and model.tokens is {model_config.tokens}."
+        )
+    if tokenizer.vocab_size > model_config.text.vocab_size:
+        raise InputError(
+            f"model.text.vocab_size={model_config.text.vocab_size} is too small for tokenizer={config.tokenizer!r}, "
+            f"which has {tokenizer.vocab_size} tokens."
+        )
+    return DocumentTokenizer(tokenizer, model_config.vision, config.data.soft_tokens_per_image)
+
+
+def read_counters(iterator: grain.DatasetIterator) -> dict[str, int]:
+    """What a training iterator has packed, split, dropped and not been able to read (`pack.COUNTERS`).
+
+    It counts up to the last batch taken, from the start of the run: the counts are part of the iterator's state.
+    """
+    counters = dict.fromkeys(COUNTERS, 0)
+
+    def add(state: Any) -> None:
+        if isinstance(state, list):
+            for item in state:
+                add(item)
+        elif isinstance(state, dict):
+            for name, count in state.get("counters", {}).items():
+                counters[name] += count
+            add(list(state.values()))
+
+    add(iterator.get_state())
+    return counters
+
+
+def held_out_sources(config: Any) -> list[str]:
+    """The sources of `data.mixture` that keep documents back for evaluation."""
+    data = config.data
+    return [name for name, weight in data.mixture.items() if weight and source_spec(data, name) in BUNDLED]
+
+
+def eval_batches(
+    config: Any, model_config: Gemma4Config, tokenizer: Tokenizer, batch_size: int, *, source: str = "digits"
+) -> list[tuple[Batch, list[EvalItem]]]:
+    """Held-out documents of one source, packed; the same on every call and in every process.
+
+    Args:
+      config: the run config; `config.data` and `config.eval.num_images` are read.
+      model_config, tokenizer: as in `make_train_iterator`.
+      batch_size: rows of each batch; the last is filled up with rows of padding.
+      source: one of `held_out_sources`.
+    Returns:
+      Batches, each with one item for every document in it that has an image; for "digits" that is every one.
+    Raises:
+      InputError: if the config is not possible, or no document can be used.
+    """
+    tokenize = _document_tokenizer(config, model_config, tokenizer)
+    shape = RowShape.from_config(config.data, model_config)
+    documents = open_source(source_spec(config.data, source), split="held_out")
+    examples = grain.MapDataset.source(TokenizedSource(documents, tokenize))[: config.eval.num_images]
+    rows = list(PackIterDataset(examples.to_iter_dataset(_READ_IN_PLACE), shape))
+    if not rows:
+        raise InputError(f"None of the eval.num_images={config.eval.num_images} documents of {source!r} can be used.")
+    rows += [[]] * (-len(rows) % batch_size)
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        batch_rows = rows[start : start + batch_size]
+        items = [item for b, row in enumerate(batch_rows) for item in _eval_items(b, row, model_config, tokenizer)]
+        batches.append((assemble(batch_rows, shape, tokenizer.tokens.image), items))
+    return batches
+
+
+def _eval_items(b: int, row: list[Example], model: Gemma4Config, tokenizer: Tokenizer) -> list[EvalItem]:
+    items, start = [], 0
+    for example in row:
+        if example.images and model.vision:
+            image = example.images[0]
+            answer = np.flatnonzero(example.carries_loss)[:-1]  # the last is <eos>
+            text = tokenizer.decode(example.tokens[answer].tolist()).rstrip("\n")
+            pixels = join_patches(image.patches, image.positions, patch_size=model.vision.patch_size)
+            items.append(EvalItem(b, start + int(answer[0]), start + int(answer[-1]) + 1, text, pixels))
+        start += len(example.tokens)
+    return items

@@ -1,0 +1,223 @@
+"""What a run will train on, as one HTML page: packed rows, their images, their attention masks, their padding."""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Iterable
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from gemma4_jax.batch import Batch
+from gemma4_jax.config import Gemma4Config
+from gemma4_jax.data.assemble import packing_stats
+from gemma4_jax.data.images import join_patches
+from gemma4_jax.data.pipeline import make_train_iterator
+from gemma4_jax.errors import InputError
+from gemma4_jax.tokenizer import Tokenizer
+
+PREVIEW_ROWS = 8
+
+MASK_SIDE = 512
+"""Positions drawn of a row's attention mask: all of a short row, evenly spaced ones of a longer."""
+
+_NUM_COLOURS = 6
+_SMALLEST_IMAGE_SIDE = 64
+
+_STYLE = resources.files("gemma4_jax.data").joinpath("bundled/preview.css").read_text("utf-8")
+
+
+def preview(config: Any, model_config: Gemma4Config, path: str | Path) -> None:
+    """Writes the page of a run config's first training rows to `path`; a page that is there already is replaced.
+
+    Raises:
+      InputError: if the config, the data or the path are not acceptable.
+    """
+    tokenizer = Tokenizer.load(config.tokenizer)
+    batches = make_train_iterator(config, model_config, tokenizer)
+    page = preview_html([next(batches)], tokenizer, model_config, PREVIEW_ROWS)
+    batches.close()
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f"The page {str(path)!r} cannot be written: {error.strerror}.") from error
+
+
+def preview_html(batches: Iterable[Batch], tokenizer: Tokenizer, model_config: Gemma4Config, max_rows: int) -> str:
+    """One self-contained page that shows packed rows.
+
+    Args:
+      batches: on the host; read until `max_rows` rows are shown, and summed up as far as they are read.
+      tokenizer: that made them.
+      model_config: of the model that will read them: its masks are drawn.
+      max_rows: rows to show.
+    Returns:
+      HTML.
+    """
+    sections: list[str] = []
+    seen = []
+    for batch in batches:
+        seen.append(batch)
+        shown = range(min(batch.tokens.shape[0], max_rows - len(sections)))
+        sections += [_row_section(_row(batch, b), len(sections) + b + 1, tokenizer, model_config) for b in shown]
+        if len(sections) == max_rows:
+            break
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Packed rows</title>"
+        f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{_STYLE}</style></head><body>"
+        f"<header><h1>Packed rows</h1>{_summary(seen)}{_LEGEND}</header>{''.join(sections)}</body></html>\n"
+    )
+
+
+_LEGEND = (
+    "<p class='legend'>Each document of a row has its colour. <span class='t s0 loss'>Underlined</span> tokens carry "
+    "loss: the model learns to predict them. <span class='t s0 special'>&lt;bos&gt;</span> is a special token. An "
+    "image stands where its soft tokens stand. Point at a token for its place and id.</p>"
+)
+
+
+def _row(batch: Batch, b: int) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf)[b] for name, leaf in vars(batch).items()}
+
+
+def _summary(batches: list[Batch]) -> str:
+    stats = [packing_stats(batch) for batch in batches]
+    rows, tokens = np.sum([batch.tokens.shape[0] for batch in batches]), batches[0].tokens.shape[1]
+    weighted = np.mean([np.mean(np.asarray(batch.loss_weights) > 0) for batch in batches])
+    figures = {
+        "rows": f"{rows}",
+        "tokens in a row": f"{tokens}",
+        "documents": f"{sum(s['documents'] for s in stats)}",
+        "images": f"{sum(s['images'] for s in stats)}",
+        "tokens that carry loss": f"{weighted:.1%}",
+        "token padding": f"{np.mean([s['token_padding'] for s in stats]):.1%}",
+        "patch padding": f"{np.mean([s['patch_padding'] for s in stats]):.1%}",
+    }
+    tiles = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in figures.items())
+    return f"<div class='figures'>{tiles}</div>"
+
+
+def _row_section(row: dict[str, np.ndarray], number: int, tokenizer: Tokenizer, config: Gemma4Config) -> str:
+    segments = row["segment_ids"]
+    padding = f"{np.mean(segments == 0):.1%} padding"
+    title = f"{segments.max()} documents · {row['image_ids'].max()} images · {padding}"
+    documents = "".join(_document(row, segment, tokenizer, config) for segment in range(1, segments.max() + 1))
+    return (
+        f"<section><h2>Row {number} <small>{title}</small></h2>{_bar(segments)}"
+        f"<div class='columns'><div class='documents'>{documents}</div>{_masks(row, config)}</div></section>"
+    )
+
+
+def _bar(segments: np.ndarray) -> str:
+    """The row drawn to scale: a stretch for each document, and the padding."""
+    parts = []
+    for segment, run in groupby(segments):
+        length = len(list(run))
+        label = f"document {segment}" if segment else "padding"
+        parts.append(f"<i class='{_colour(segment)}' style='flex:{length}' title='{label}: {length} tokens'></i>")
+    return f"<div class='bar'>{''.join(parts)}</div>"
+
+
+def _colour(segment: int) -> str:
+    return f"s{(segment - 1) % _NUM_COLOURS}" if segment else "pad"
+
+
+def _document(row: dict[str, np.ndarray], segment: int, tokenizer: Tokenizer, config: Gemma4Config) -> str:
+    parts, shown_image = [], 0
+    for position in np.flatnonzero(row["segment_ids"] == segment).tolist():
+        image = row["image_ids"][position]
+        if image == 0:
+            parts.append(_token(row, position, tokenizer))
+        elif image != shown_image:
+            parts.append(_image(row, image, config))
+            shown_image = image
+    return f"<div class='document {_colour(segment)}'>{''.join(parts)}</div>"
+
+
+def _token(row: dict[str, np.ndarray], position: int, tokenizer: Tokenizer) -> str:
+    token_id = int(row["tokens"][position])
+    token = tokenizer.token(token_id)
+    classes = ["t"]
+    # The weight stands where the token is predicted: one position earlier.
+    if position > 0 and row["loss_weights"][position - 1] > 0:
+        classes.append("loss")
+    if token_id in vars(tokenizer.tokens).values():
+        classes.append("special")
+    text = html.escape(token.replace("▁", " ")).replace("\n", "<em>↵</em>\n").replace("\t", "<em>→</em>\t")
+    title = f"position {row['positions'][position]}, id {token_id}"
+    return f"<span class='{' '.join(classes)}' title='{title}'>{text}</span>"
+
+
+def _image(row: dict[str, np.ndarray], image: int, config: Gemma4Config) -> str:
+    assert config.vision is not None
+    mine = row["patch_image_ids"] == image
+    pixels = join_patches(row["patches"][mine], row["patch_positions"][mine], patch_size=config.vision.patch_size)
+    height, width = pixels.shape[:2]
+    scale = max(1, round(_SMALLEST_IMAGE_SIDE / min(height, width)))
+    caption = f"{height} x {width}, {np.sum(row['image_ids'] == image)} soft tokens"
+    return (
+        f"<figure><img src='{_png(PIL.Image.fromarray(pixels))}' width={width * scale} height={height * scale} "
+        f"alt='image {image}'><figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def attention_mask(
+    row: dict[str, np.ndarray], positions: np.ndarray, *, window: int | None, image_blocks_bidirectional: bool
+) -> np.ndarray:
+    """Which of some positions of a row see which: [n, n] bool, queries down, keys across (spec section 2, "masks").
+
+    Args:
+      row: one row of a batch, by the names of its leaves.
+      positions: [n] of the row to look at.
+      window: keys that a query may look back on, itself included; None on global layers.
+      image_blocks_bidirectional: soft tokens of an image also see those after them.
+    """
+    place, segment, image = (row[name][positions] for name in ("positions", "segment_ids", "image_ids"))
+    distance = place[:, None] - place[None, :]
+    allowed = distance >= 0
+    if image_blocks_bidirectional:
+        allowed |= (image[:, None] == image[None, :]) & (image[:, None] > 0)
+    if window is not None:
+        allowed &= distance < window
+    return allowed & (segment[:, None] == segment[None, :]) & (segment[:, None] > 0)
+
+
+def _masks(row: dict[str, np.ndarray], config: Gemma4Config) -> str:
+    text = config.text
+    length = len(row["tokens"])
+    positions = np.linspace(0, length - 1, min(length, MASK_SIDE)).round().astype(int)
+    bidirectional = ", image blocks both ways" if text.image_blocks_bidirectional else ""
+    drawn = (
+        (f"sliding: window {text.sliding_window}{bidirectional}", text.sliding_window, text.image_blocks_bidirectional),
+        ("global: causal", None, False),
+    )
+    figures = []
+    for caption, window, both_ways in drawn:
+        mask = attention_mask(row, positions, window=window, image_blocks_bidirectional=both_ways)
+        # Palette: 0 hidden, 1 and 2 the visible keys of text and of images, 3 the visible keys that lie ahead.
+        colours = mask * (1 + (row["image_ids"][positions] > 0)[None, :]).astype(np.uint8)
+        colours[np.triu(mask, 1)] = 3
+        picture = PIL.Image.fromarray(colours, "P")
+        picture.putpalette([128, 128, 128, 92, 124, 250, 64, 192, 160, 240, 140, 40])
+        source = _png(picture, transparency=0)
+        figures.append(f"<figure><img class='mask' src='{source}' alt=''><figcaption>{caption}</figcaption></figure>")
+    key = "Queries down, keys across. <b class='k1'>text</b> <b class='k2'>soft tokens</b> <b class='k3'>ahead</b>"
+    return f"<aside>{''.join(figures)}<p>{key}</p></aside>"
+
+
+def _png(picture: PIL.Image.Image, **options: Any) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG", **options)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

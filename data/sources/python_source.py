@@ -1,0 +1,70 @@
+"""Text that every machine already has: the sources of the running Python's standard library."""
+
+import functools
+import sysconfig
+import zlib
+from pathlib import Path
+
+from gemma4_jax.data.document import Document, Text
+from gemma4_jax.errors import InputError
+
+MAX_CHARACTERS = 256
+"""A document is as many whole lines as stay within this; a longer line is a document of its own."""
+
+_NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
+
+
+def standard_library_files() -> list[Path]:
+    """The .py files of the running Python's standard library, tests left out, sorted by path.
+
+    Raises:
+      InputError: if this Python carries no sources.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in root.rglob("*.py") if _NOT_STANDARD_LIBRARY.isdisjoint(path.relative_to(root).parts)]
+    if not files:
+        raise InputError(f"The source 'python' found no .py files in {root}: use a Python that carries its sources.")
+    return sorted(files)
+
+
+def split_lines(text: str, max_characters: int) -> list[str]:
+    """Cuts text between lines into pieces of at most `max_characters`, longer only where one line is."""
+    pieces: list[list[str]] = []
+    size = max_characters
+    for line in text.splitlines(keepends=True):
+        size += len(line)
+        if size > max_characters:
+            pieces.append([])
+            size = len(line)
+        pieces[-1].append(line)
+    return ["".join(piece) for piece in pieces]
+
+
+@functools.cache
+def _documents(is_train: bool) -> tuple[Document, ...]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for path in standard_library_files():
+        name = path.relative_to(root).as_posix()
+        # The hash of its name decides, so a file stays on its side when others come and go.
+        if (zlib.crc32(name.encode()) % 20 != 0) == is_train:
+            pieces = split_lines(path.read_text("utf-8", errors="replace"), MAX_CHARACTERS)
+            documents += [Document((Text(piece),), f"{name} part {i}") for i, piece in enumerate(pieces)]
+    return tuple(documents)
+
+
+class PythonSource:
+    """Standard-library sources, cut between lines into short documents; one file in twenty is held out.
+
+    Args:
+      split: "train" or "held_out".
+    """
+
+    def __init__(self, split: str) -> None:
+        self._is_train = split == "train"
+
+    def __len__(self) -> int:
+        return len(_documents(self._is_train))
+
+    def __getitem__(self, index: int) -> Document:
+        return _documents(self._is_train)[index]

@@ -1,0 +1,227 @@
+"""Import: a Hugging Face folder straight into the sharded arrays of a mesh.
+
+Everything that can be checked without reading weights is checked before any is read. Files are mapped, and each
+device's shard is put together from the slices of the tensors that make it up: no process holds more than its own
+shards and one tensor.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from gemma4_jax.config import Gemma4Config
+from gemma4_jax.errors import InputError
+from gemma4_jax.hf.config import from_hf
+from gemma4_jax.hf.names import Tensor, abbreviate, flatten_paths, tensors
+from gemma4_jax.hf.safetensors import OutgoingTensor, TensorFile, copy_transposed, in_blocks, write_tensor_file
+from gemma4_jax.tokenizer import Tokenizer
+
+_MAX_JSON_BYTES = 1 << 26
+
+
+class Checkpoint:
+    """A folder with config.json and one or more safetensors files, all of it checked except the values.
+
+    Attributes:
+      folder: where it is.
+      config: the architecture that its config.json describes.
+      hf_config: the content of config.json.
+      files: name of a tensor -> the file that holds it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Opens a checkpoint.
+
+        Raises:
+          InputError: anything at all is wrong with it. One message names every tensor that is missing, unexpected or
+            of another shape.
+        """
+        self.folder = Path(folder)
+        self.hf_config: dict[str, Any] = _read_json(self.folder / "config.json")
+        self.config: Gemma4Config = from_hf(self.hf_config)
+        self.files: dict[str, TensorFile] = _open_files(self.folder)
+        _check_tensors(self.folder, self.files, tensors(self.config))
+        _check_tokenizer(self.folder, self.config)
+
+    def unused(self, state: nnx.State) -> list[str]:
+        """Names of tensors that a model with this (abstract) state has no use for: K and V of KV-shared layers, and
+        towers that it leaves out."""
+        paths = flatten_paths(nnx.to_pure_dict(state))
+        table = {tensor.name: tensor.path for tensor in tensors(self.config)}
+        return [name for name in self.files if table[name] not in paths]
+
+
+def load_state(checkpoint: Checkpoint, state: nnx.State, model_config: Gemma4Config) -> nnx.State:
+    """The values of a model.
+
+    Tensors that hold NaN are named in a warning.
+
+    Args:
+      checkpoint: where to read them.
+      state: what to make: jax.ShapeDtypeStruct for every parameter and buffer, with the sharding it is to have (the
+        default device without one). Values are cast to its dtypes.
+      model_config: the architecture of the model. It may leave out towers.
+    Returns:
+      A state of the same structure with concrete arrays.
+    Raises:
+      InputError: the checkpoint is of another architecture or size.
+    """
+    _check_same_model(checkpoint, model_config)
+    sources: dict[str, list[Tensor]] = {}
+    for tensor in tensors(checkpoint.config):
+        if tensor.path is not None:
+            sources.setdefault(tensor.path, []).append(tensor)
+    with_nan: set[str] = set()
+
+    def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        stack = sorted(sources[".".join(map(str, path))], key=lambda tensor: tensor.index or 0)
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        shards: dict[str, np.ndarray] = {}
+
+        def shard(index: Any) -> np.ndarray:
+            if str(index) not in shards:  # devices with copies of one shard ask for it one after another
+                shards[str(index)] = _read_shard(checkpoint, stack, index, leaf, with_nan)
+            return shards[str(index)]
+
+        return jax.make_array_from_callback(leaf.shape, sharding, shard)
+
+    flat = [(path, variable.replace(load(path, variable.get_value()))) for path, variable in nnx.to_flat_state(state)]
+    if with_nan:
+        warnings.warn(f"{checkpoint.folder}: NaN in {', '.join(abbreviate(sorted(with_nan)))}.", stacklevel=2)
+    return nnx.from_flat_state(flat)
+
+
+def write_carried(checkpoint: Checkpoint, names: Collection[str], path: Path) -> None:
+    """Copies tensors that a model does not use, bit for bit, to a file from which an export writes them again.
+
+    Args:
+      checkpoint: where they are.
+      names: from `Checkpoint.unused`.
+      path: of the new file; it is there when all of it is.
+    """
+    outgoing = [OutgoingTensor.copy_of(checkpoint.files[name], name) for name in checkpoint.files if name in names]
+    towers = {
+        f"{tower}_config": json.dumps(checkpoint.hf_config.get(f"{tower}_config")) for tower in ("vision", "audio")
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_tensor_file(temporary, outgoing, towers)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_shard(
+    checkpoint: Checkpoint,
+    stack: list[Tensor],
+    index: tuple[slice, ...],
+    leaf: jax.ShapeDtypeStruct,
+    with_nan: set[str],
+) -> np.ndarray:
+    """The part of a parameter at `index`."""
+    shape = tuple(len(range(*part.indices(extent))) for part, extent in zip(index, leaf.shape, strict=True))
+    shard = np.empty(shape, leaf.dtype)
+    is_stacked = stack[0].index is not None
+    chosen = stack[index[0]] if is_stacked else stack
+    places = [shard[i, ...] for i in range(len(shard))] if is_stacked else [shard]
+    for tensor, place in zip(chosen, places, strict=True):
+        file = checkpoint.files[tensor.name]
+        copy_transposed(place, tensor.to_ours(file.read(tensor.name))[index[1:] if is_stacked else index])
+        if any(np.isnan(block).any() for block in in_blocks(place)):
+            with_nan.add(tensor.name)
+        file.release(tensor.name)
+    return shard
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise InputError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: it is not of a checkpoint.")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}).") from error
+
+
+def _open_files(folder: Path) -> dict[str, TensorFile]:
+    """Name of a tensor -> the file that holds it."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        file = TensorFile(single)
+        return dict.fromkeys(file.tensors, file)
+    if not index.exists():
+        raise InputError(f"{folder} has neither {single.name} nor {index.name}: it is not a checkpoint.")
+    content = _read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index} has no weight_map from tensors to files.")
+    located: dict[str, TensorFile] = {}
+    for name in sorted(set(weight_map.values())):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise InputError(f"{index} points to {name!r}: only safetensors files in its own folder are read.")
+        file = TensorFile(folder / name)
+        if twice := located.keys() & file.tensors.keys():
+            raise InputError(f"{file.path} repeats tensors of other files: {', '.join(abbreviate(sorted(twice)))}.")
+        located |= dict.fromkeys(file.tensors, file)
+    elsewhere = [name for name, file in located.items() if weight_map.get(name) != file.path.name]
+    if elsewhere:
+        raise InputError(f"{index} does not say where these tensors are: {', '.join(abbreviate(elsewhere))}.")
+    return located
+
+
+def _check_tensors(folder: Path, files: dict[str, TensorFile], expected: Iterable[Tensor]) -> None:
+    """Names all that is missing, unexpected or of another shape, in one message."""
+    table = {tensor.name: tensor for tensor in expected}
+    missing = [name for name, tensor in table.items() if name not in files and not tensor.is_redundant]
+    unexpected = [name for name in files if name not in table]
+    misshapen = [
+        f"{name} is {list(file.tensors[name].shape)}, not {list(table[name].shape)}"
+        for name, file in files.items()
+        if name in table and file.tensors[name].shape != table[name].shape
+    ]
+    faults = [
+        f"{len(names)} tensors {fault} ({'; '.join(abbreviate(names))})"
+        for fault, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        if names
+    ]
+    if faults:
+        raise InputError(f"{folder} is not what its config.json describes: {', '.join(faults)}.")
+
+
+def _check_tokenizer(folder: Path, config: Gemma4Config) -> None:
+    path = folder / "tokenizer.json"
+    if path.exists() and (size := Tokenizer(path).vocab_size) > config.text.vocab_size:
+        raise InputError(f"{path} has {size} tokens, and the embedding of the model {config.text.vocab_size}.")
+
+
+def _check_same_model(checkpoint: Checkpoint, model_config: Gemma4Config) -> None:
+    """Refuses a checkpoint that lacks a tensor of the model, or has it in another shape."""
+    there = {tensor.name: tensor for tensor in tensors(checkpoint.config)}
+    if all(there.get(tensor.name) == tensor for tensor in tensors(model_config)):
+        return
+    given, wanted = _fields(checkpoint.config), _fields(model_config)
+    differing = [
+        f"{field} is {given.get(field)!r}, and {value!r} in the model"
+        for field, value in wanted.items()
+        if given.get(field) != value
+    ]
+    raise InputError(f"{checkpoint.folder} is another model: {'; '.join(differing)}.")
+
+
+def _fields(config: Gemma4Config) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value
+        for section, fields in vars(config).items()
+        if fields is not None
+        for name, value in vars(fields).items()
+    }

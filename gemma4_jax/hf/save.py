@@ -1,0 +1,317 @@
+"""Export: a model as a folder that Hugging Face's own classes load.
+
+The folder is put together under another name and renamed when all of it is on the disk, so an export that was
+interrupted is never seen.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from gemma4_jax.config import AudioConfig, Gemma4Config, SpecialTokens, TextConfig, VisionConfig
+from gemma4_jax.errors import InputError
+from gemma4_jax.hf.config import generation_config, to_hf
+from gemma4_jax.hf.names import Tensor, tensors
+from gemma4_jax.hf.parameters import CheckpointParameters, Parameters, StateParameters
+from gemma4_jax.hf.processor import processor_config, to_json, tokenizer_files
+from gemma4_jax.hf.safetensors import DTYPES, OutgoingTensor, TensorFile, in_blocks, write_tensor_file
+from gemma4_jax.tokenizer import Tokenizer
+
+STORED_AS = {"float32": "F32", "bfloat16": "BF16"}
+"""The dtypes that an export can have, and what the file format calls them."""
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""The most that one weights file holds, unless a single tensor is larger."""
+
+CARRIED = "carried.safetensors"
+"""The file in a run directory with tensors that the model does not use, for its exports."""
+
+PRODUCER = {"format": "pt", "producer": "gemma4-jax"}
+"""Metadata of the weights files; a folder with other weights is not ours to replace."""
+
+_OUR_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(config|generation_config|processor_config"
+    r"|tokenizer|tokenizer_config)\.json|chat_template\.jinja"
+)
+
+
+def export_run(run_dir: str | Path, out_dir: str | Path, *, dtype: str = "float32") -> None:
+    """Exports the last checkpoint of a run, without ever holding more of it than one piece of an array.
+
+    With many processes the first does it, and the others wait.
+
+    Args:
+      run_dir: of the run.
+      out_dir: the folder to make; an earlier export in its place is replaced.
+      dtype: of the stored tensors, "float32" or "bfloat16".
+    Raises:
+      InputError: there is no such run, or the folder cannot be made.
+    """
+    run_dir = Path(run_dir)
+    if jax.process_index() == 0:
+        config = _run_config(run_dir)
+        carried = run_dir / CARRIED
+        _export(
+            CheckpointParameters(run_dir),
+            _architecture(config["model"]),
+            Path(out_dir),
+            tokenizer=Tokenizer.load(config["tokenizer"]),
+            max_soft_tokens=config["data"]["soft_tokens_per_image"],
+            dtype=dtype,
+            carried=carried if carried.exists() else None,
+        )
+    _wait_for_all_processes()
+
+
+def export_state(
+    state: nnx.State,
+    model_config: Gemma4Config,
+    out_dir: str | Path,
+    *,
+    tokenizer: Tokenizer,
+    max_soft_tokens: int,
+    dtype: str = "float32",
+    carried: Path | None = None,
+) -> None:
+    """Exports a model in memory. Where it is spread over processes, every process calls this.
+
+    Args:
+      state: its parameters and buffers.
+      model_config: its architecture.
+      out_dir: the folder to make; an earlier export in its place is replaced.
+      tokenizer: carried along, with the files of a released model that lie beside it.
+      max_soft_tokens: budget of an image.
+      dtype: of the stored tensors, "float32" or "bfloat16".
+      carried: a safetensors file of tensors that the model does not use, from `load.write_carried`.
+    Raises:
+      InputError: the folder cannot be made.
+    """
+    parameters = StateParameters(state)
+    if jax.process_index() == 0:
+        _export(
+            parameters,
+            model_config,
+            Path(out_dir),
+            tokenizer=tokenizer,
+            max_soft_tokens=max_soft_tokens,
+            dtype=dtype,
+            carried=carried,
+        )
+    elif any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
+        for tensor in _outgoing(parameters, model_config, dtype, None):
+            for _ in tensor.blocks():
+                pass
+    _wait_for_all_processes()
+
+
+def _wait_for_all_processes() -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("export")
+
+
+def _run_config(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        reason = (error.strerror or "").lower()
+        raise InputError(f"{run_dir} is not a run directory: its config.json cannot be read ({reason}).") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): it is not the config of a run.") from error
+    if not isinstance(config, dict) or not config.keys() >= {"model", "data", "tokenizer"}:
+        raise InputError(f"{path} is not the config of a run.")
+    return config
+
+
+def _architecture(model: Mapping[str, Any]) -> Gemma4Config:
+    """The section `model` of a run's config.json."""
+    vision, audio = model["vision"], model["audio"]
+    if audio is not None:
+        audio = AudioConfig(**{**audio, "subsampling_channels": tuple(audio["subsampling_channels"])})
+    return Gemma4Config(
+        text=TextConfig(**model["text"]),
+        vision=None if vision is None else VisionConfig(**vision),
+        audio=audio,
+        tokens=SpecialTokens(**model["tokens"]),
+    )
+
+
+def _export(
+    parameters: Parameters,
+    model_config: Gemma4Config,
+    out_dir: Path,
+    *,
+    tokenizer: Tokenizer,
+    max_soft_tokens: int,
+    dtype: str,
+    carried: Path | None,
+) -> None:
+    """Makes the folder, in one process."""
+    if dtype not in STORED_AS:
+        raise InputError(f"dtype={dtype!r} is not possible: an export is stored as {' or '.join(STORED_AS)}.")
+    extra = None if carried is None else TensorFile(carried)
+    outgoing = _outgoing(parameters, model_config, dtype, extra)
+    files = tokenizer_files(tokenizer, model_config)
+    files.setdefault("generation_config.json", to_json(generation_config(model_config.tokens)))
+    if model_config.vision is not None:
+        files["processor_config.json"] = to_json(processor_config(model_config.vision, max_soft_tokens))
+    config = to_hf(model_config, dtype=dtype, max_soft_tokens=max_soft_tokens)
+    for tower in ("vision", "audio"):
+        config[f"{tower}_config"] = _tower_config(tower, config, outgoing, extra)
+    # Last, for without it nothing takes the folder for a model.
+    files["config.json"] = to_json(config)
+
+    out_dir = out_dir.absolute()
+    _check_destination(out_dir)
+    temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(out_dir.parent, sum(tensor.num_bytes for tensor in outgoing))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write_weights(temporary, outgoing)
+        for name, content in files.items():
+            _write_file(temporary / name, content)
+        _sync_folder(temporary)
+        _publish(temporary, out_dir)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"export to {out_dir} failed and left nothing there: {reason}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tower_config(
+    tower: str, config: Mapping[str, Any], outgoing: Sequence[OutgoingTensor], carried: TensorFile | None
+) -> dict[str, Any] | None:
+    """The section of config.json about a tower: None if the export has no tensors of it."""
+    if not any(tensor.name.startswith(f"model.{tower}_tower.") for tensor in outgoing):
+        return None
+    section = config[f"{tower}_config"]
+    if section is None and carried is not None:
+        section = json.loads(carried.metadata[f"{tower}_config"])
+    return section
+
+
+def _outgoing(
+    parameters: Parameters, model_config: Gemma4Config, dtype: str, carried: TensorFile | None
+) -> list[OutgoingTensor]:
+    """Every tensor of the export. Those of one array follow each other, so that each piece of it is read once."""
+    used = [tensor for tensor in tensors(model_config) if tensor.path in parameters.shapes]
+    if missing := parameters.shapes.keys() - {tensor.path for tensor in used}:
+        raise InputError(f"the model has parameters that an export has no names for: {', '.join(sorted(missing))}.")
+    used.sort(key=lambda tensor: (tensor.path, tensor.index))
+    stored_as = STORED_AS[dtype]
+    outgoing = [
+        OutgoingTensor(tensor.name, stored_as, tensor.shape, partial(_blocks, tensor, parameters, stored_as))
+        for tensor in used
+    ]
+    if carried is not None:
+        outgoing += [OutgoingTensor.copy_of(carried, name) for name in carried.tensors]
+    # Wide dtypes first: so every tensor of a file is aligned.
+    return sorted(outgoing, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+
+
+def _blocks(tensor: Tensor, parameters: Parameters, stored_as: str) -> Iterator[np.ndarray]:
+    """The values of a tensor in the order of the file, piece by piece."""
+    assert tensor.path is not None
+    if tensor.index is not None:
+        start, slab = parameters.slab(tensor.path, tensor.index)
+        pieces: list[np.ndarray] | Iterator[np.ndarray] = [slab[tensor.index - start]]
+    else:
+        pieces = _slabs(tensor.path, parameters)
+        if tensor.order[0] != 0:  # rows here are not rows there
+            pieces = [np.concatenate(list(pieces))]
+    for piece in pieces:
+        yield from in_blocks(piece.transpose(np.argsort(tensor.order)), DTYPES[stored_as])
+
+
+def _slabs(path: str, parameters: Parameters) -> Iterator[np.ndarray]:
+    row = 0
+    while row < parameters.shapes[path][0]:
+        row, slab = parameters.slab(path, row)
+        yield slab
+        row += len(slab)
+
+
+def _write_weights(folder: Path, outgoing: Sequence[OutgoingTensor]) -> None:
+    """One weights file, or several and an index."""
+    shards: list[list[OutgoingTensor]] = [[]]
+    for tensor in outgoing:
+        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > MAX_SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        write_tensor_file(folder / "model.safetensors", outgoing, PRODUCER)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensor_file(folder / name, shard, PRODUCER)
+        weight_map |= {tensor.name: name for tensor in shard}
+    total = sum(tensor.num_bytes for tensor in outgoing)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_file(folder / "model.safetensors.index.json", to_json(index))
+
+
+def _check_destination(out_dir: Path) -> None:
+    """Refuses a place that holds anything but an earlier export."""
+    if not out_dir.exists():
+        return
+    if not out_dir.is_dir():
+        raise InputError(f"{out_dir} is a file: an export is a folder.")
+    names = [path.name for path in out_dir.iterdir()]
+    foreign = [name for name in names if not _OUR_FILES.fullmatch(name)]
+    if not foreign:
+        weights = [name for name in names if name.endswith(".safetensors")]
+        foreign = [name for name in weights if TensorFile(out_dir / name).metadata != PRODUCER]
+        foreign += [] if weights else names
+    if foreign:
+        listed = ", ".join(sorted(foreign)[:5])
+        raise InputError(f"{out_dir} holds what is not an export of this package ({listed}): give another folder.")
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise InputError(f"the export needs {num_bytes} bytes, and {folder} has room for {free}.")
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _publish(finished: Path, out_dir: Path) -> None:
+    """Puts the finished folder in its place; what was there is deleted only when that is done."""
+    old = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.old")
+    if out_dir.exists():
+        out_dir.rename(old)
+    try:
+        finished.rename(out_dir)
+    except OSError:
+        if old.exists():
+            old.rename(out_dir)
+        raise
+    _sync_folder(out_dir.parent)
+    shutil.rmtree(old, ignore_errors=True)

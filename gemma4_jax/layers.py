@@ -1,0 +1,145 @@
+"""The few modules that text, vision and audio share, and the two kinds of stored arrays."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+INIT_STDDEV = 0.02
+"""Standard deviation of every randomly initialised parameter (spec section 1)."""
+
+
+class Buffer(nnx.Variable):
+    """An array that belongs to the model and its checkpoints but is never trained."""
+
+
+def normal_param(rngs: nnx.Rngs, axes: dict[str, int], dtype: jnp.dtype) -> nnx.Param:
+    """A parameter drawn from normal(0, 0.02).
+
+    Args:
+      rngs: source of randomness, stream "params".
+      axes: logical axis name -> size, in order.
+      dtype: dtype in which it is stored.
+    """
+    value = INIT_STDDEV * jax.random.normal(rngs.params(), tuple(axes.values()), dtype)
+    return nnx.Param(value, axes=tuple(axes))
+
+
+def ones_param(axes: dict[str, int], dtype: jnp.dtype) -> nnx.Param:
+    """A parameter that starts at one; `axes` as in `normal_param`."""
+    return nnx.Param(jnp.ones(tuple(axes.values()), dtype), axes=tuple(axes))
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU, tanh approximation, as every MLP of Gemma 4 uses it."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """x divided by its root mean square over the last axis, computed and returned in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nnx.Module):
+    """RMS normalisation with a plain weight (not 1 + weight), in float32. Source: spec section 2."""
+
+    def __init__(self, axes: dict[str, int], *, eps: float, param_dtype: jnp.dtype):
+        self.scale = ones_param(axes, param_dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (rms_normalize(x, self.eps) * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """A linear map without bias from the last axes of x to new ones.
+
+    Args of the constructor:
+      inputs, outputs: logical axis name -> size; the kernel is [*inputs, *outputs].
+      is_clipped: clamp input and output to four stored scalars, infinite at first (spec section 3, "clipped linears").
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        param_dtype: jnp.dtype,
+        is_clipped: bool = False,
+    ):
+        self.num_inputs = len(inputs)
+        self.is_clipped = is_clipped
+        self.kernel = normal_param(rngs, inputs | outputs, param_dtype)
+        if is_clipped:
+            self.input_min = Buffer(jnp.array(-jnp.inf, param_dtype), axes=())
+            self.input_max = Buffer(jnp.array(jnp.inf, param_dtype), axes=())
+            self.output_min = Buffer(jnp.array(-jnp.inf, param_dtype), axes=())
+            self.output_max = Buffer(jnp.array(jnp.inf, param_dtype), axes=())
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., *inputs] -> [..., *outputs], in x's dtype."""
+        if self.is_clipped:
+            x = _clip(x, self.input_min[...], self.input_max[...])
+        x = _contract(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+        if self.is_clipped:
+            x = _clip(x, self.output_min[...], self.output_max[...])
+        return x
+
+
+def _clip(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    # Unlike jnp.clip, a value that equals a bound passes its whole gradient, as in the reference.
+    low, high = low.astype(x.dtype), high.astype(x.dtype)
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))
+
+
+def _contract(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
+    """Contracts the last `num_inputs` axes of x with the first of the kernel, as one matrix product if it can.
+
+    The gradient of a contraction over two axes of tokens makes the CPU backend transpose both operands; over one axis
+    it does not. Where the length is spread over `context`, rows and length cannot become one axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.shape["context"] > 1:
+        return jnp.tensordot(x, kernel, axes=num_inputs)
+    outputs = kernel.shape[num_inputs:]
+    matrix = kernel.reshape(-1, math.prod(outputs))
+    return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[: x.ndim - num_inputs], *outputs)
+
+
+class GatedMLP(nnx.Module):
+    """down(gelu(gate x) * up x), the MLP of decoder and vision tower. Source: spec sections 2 and 3."""
+
+    def __init__(
+        self, rngs: nnx.Rngs, *, embed_dim: int, mlp_dim: int, param_dtype: jnp.dtype, is_clipped: bool = False
+    ):
+        narrow, wide = {"embed": embed_dim}, {"mlp": mlp_dim}
+        self.gate = Linear(rngs, narrow, wide, param_dtype=param_dtype, is_clipped=is_clipped)
+        self.up = Linear(rngs, narrow, wide, param_dtype=param_dtype, is_clipped=is_clipped)
+        self.down = Linear(rngs, wide, narrow, param_dtype=param_dtype, is_clipped=is_clipped)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(gelu(self.gate(x)) * self.up(x))
+
+
+def stack_modules(build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, count: int) -> nnx.Module:
+    """`count` modules of one shape as one module whose arrays have a leading "layers" axis, for `jax.lax.scan`."""
+    return nnx.vmap(build)(rngs.fork(split=count))
+
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a stack keeps for the backward pass: everything, the results of weight matmuls, or only each block's input."""
+
+
+def remat(function: Callable, policy: str) -> Callable:
+    """`function` with its intermediates recomputed in the backward pass as REMAT_POLICIES[policy] says."""
+    if policy == "none":
+        return function
+    return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=False)

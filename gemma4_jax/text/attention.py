@@ -1,0 +1,134 @@
+"""Self-attention of the decoder: grouped queries, normalised and rotated; sliding or global; K and V own or shared."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma4_jax.config import TextConfig
+from gemma4_jax.layers import Linear, RMSNorm, rms_normalize
+from gemma4_jax.ops.attention import Sites, dot_attention, visible
+from gemma4_jax.rope import rotary_angles, rotary_frequencies, rotate
+from gemma4_jax.sharding import constrain
+
+
+class KeyValues(NamedTuple):
+    """Keys (normalised, rotated) and values of one layer, [B, S, K, H] each."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class LayerView(NamedTuple):
+    """What attention of one kind (sliding or global) needs to know about the tokens.
+
+    Attributes:
+      angles: [B, T, H / 2] rotary angles of the queries.
+      mask: [B, T, S] bool, which keys each query may see.
+    """
+
+    angles: jax.Array
+    mask: jax.Array
+
+
+class AttentionView(NamedTuple):
+    """What attention needs to know about the tokens, for both kinds of layers.
+
+    Attributes:
+      queries: sites of the T tokens at hand.
+      sliding_layer, global_layer: rotary angles and mask of each kind of layer.
+    """
+
+    queries: Sites
+    sliding_layer: LayerView
+    global_layer: LayerView
+
+
+def view_tokens(config: TextConfig, positions: jax.Array, queries: Sites, keys: Sites) -> AttentionView:
+    """Rotary angles and masks, made once for all layers.
+
+    Args:
+      config: the decoder's architecture.
+      positions: [B, T] int32, place of each token in its document.
+      queries: sites of the T tokens at hand.
+      keys: sites of the S keys: the tokens themselves, or the places of a key-value cache.
+    """
+
+    def layer_view(frequencies: jax.Array, window: int | None, bidirectional: bool) -> LayerView:
+        mask = visible(queries, keys, window=window, image_blocks_bidirectional=bidirectional)
+        return LayerView(rotary_angles(positions, frequencies), mask)
+
+    return AttentionView(
+        queries,
+        layer_view(
+            rotary_frequencies(config.head_dim, config.rope_theta),
+            config.sliding_window,
+            config.image_blocks_bidirectional,
+        ),
+        layer_view(
+            rotary_frequencies(config.global_head_dim, config.global_rope_theta, config.global_rope_fraction),
+            None,
+            False,
+        ),
+    )
+
+
+class Attention(nnx.Module):
+    """Attention of one decoder layer. Source: spec section 2, "Attention".
+
+    Args of the constructor:
+      is_global: global rather than sliding.
+      shares_kv: has no K and V of its own; uses those it is given.
+    """
+
+    def __init__(
+        self, rngs: nnx.Rngs, config: TextConfig, *, is_global: bool, shares_kv: bool, param_dtype: jnp.dtype
+    ):
+        self.is_global = is_global
+        self.shares_kv = shares_kv
+        self.eps = config.norm_eps
+        head_dim = config.global_head_dim if is_global else config.head_dim
+        num_kv_heads = config.num_global_kv_heads if is_global else config.num_kv_heads
+        embed = {"embed": config.embed_dim}
+        queries = {"heads": config.num_heads, "head_dim": head_dim}
+        keys = {"kv_heads": num_kv_heads, "head_dim": head_dim}
+        self.q = Linear(rngs, embed, queries, param_dtype=param_dtype)
+        self.q_norm = RMSNorm({"head_dim": head_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+        if not shares_kv:
+            self.k = Linear(rngs, embed, keys, param_dtype=param_dtype)
+            self.k_norm = RMSNorm({"head_dim": head_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+            self.v = None if is_global and config.uses_k_eq_v else Linear(rngs, embed, keys, param_dtype=param_dtype)
+        self.o = Linear(rngs, queries, embed, param_dtype=param_dtype)
+
+    def __call__(
+        self, x: jax.Array, view: AttentionView, shared: KeyValues | None, cache: KeyValues | None
+    ) -> tuple[jax.Array, KeyValues]:
+        """Attends.
+
+        Args:
+          x: [B, T, D], normalised.
+          view: rotary angles and masks of the tokens.
+          shared: keys and values to use if this layer shares them.
+          cache: keys and values [B, S, K, H] of earlier calls, into which this call's are written at the queries'
+            index (dropped where it is S or more); without it the keys are the tokens themselves.
+        Returns:
+          ([B, T, D], the keys and values that were attended to).
+        """
+        layer = view.global_layer if self.is_global else view.sliding_layer
+        q = constrain(rotate(self.q_norm(self.q(x)), layer.angles), "batch", "length", "heads", None)
+        if self.shares_kv:
+            assert shared is not None
+            kv = shared
+        else:
+            kv = self._project(x, layer.angles)
+            if cache is not None:
+                rows = jnp.arange(x.shape[0])[:, None]
+                index = view.queries.index
+                kv = KeyValues(*(old.at[rows, index].set(new, mode="drop") for old, new in zip(cache, kv, strict=True)))
+        return self.o(dot_attention(q, kv.k, kv.v, layer.mask)), kv
+
+    def _project(self, x: jax.Array, angles: jax.Array) -> KeyValues:
+        raw_k = self.k(x)
+        raw_v = raw_k if self.v is None else self.v(x)
+        return KeyValues(rotate(self.k_norm(raw_k), angles), rms_normalize(raw_v, self.eps).astype(x.dtype))

@@ -1,0 +1,106 @@
+"""The decoder: one stack of blocks that own their keys and values, and one that reuses the last of them."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma4_jax.config import TextConfig
+from gemma4_jax.layers import RMSNorm, remat, stack_modules
+from gemma4_jax.text.attention import AttentionView, KeyValues
+from gemma4_jax.text.block import Block, SharedKeyValues
+from gemma4_jax.text.moe import RouterStats
+
+Cache = tuple[KeyValues, ...]
+"""Key-value cache of the own stack: one KeyValues per layer of a period, leaves [own periods, B, S, K, H]."""
+
+
+class Decoder(nnx.Module):
+    """All layers and the final norm. Each stack is scanned, so compile time does not grow with depth."""
+
+    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype, remat_policy: str):
+        self.config = config
+        self.remat_policy = remat_policy
+        self.num_own = config.num_own_layers // config.attention_period
+        self.num_shared = config.num_kv_shared_layers // config.attention_period
+
+        def build(rngs: nnx.Rngs, *, shares_kv: bool) -> Block:
+            return Block(rngs, config, shares_kv=shares_kv, param_dtype=param_dtype)
+
+        self.own = stack_modules(partial(build, shares_kv=False), rngs, self.num_own)
+        self.shared = (
+            stack_modules(partial(build, shares_kv=True), rngs, self.num_shared) if self.num_shared else None
+        )
+        self.final_norm = RMSNorm({"norm": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+
+    def __call__(
+        self, x: jax.Array, per_layer_embeddings: jax.Array | None, view: AttentionView, cache: Cache | None = None
+    ) -> tuple[jax.Array, RouterStats | None, Cache | None]:
+        """All layers.
+
+        Args:
+          x: [B, T, D] merged embeddings.
+          per_layer_embeddings: [L, B, T, Q] or None.
+          view: rotary angles and masks of the tokens.
+          cache: key-value cache to read and extend, or None.
+        Returns:
+          (hidden states after the final norm [B, T, D], router statistics with a leading [L] axis or None, the
+          extended cache or None).
+        """
+        period = self.config.attention_period
+        if per_layer_embeddings is not None:
+            per_layer_embeddings = per_layer_embeddings.reshape(-1, period, *per_layer_embeddings.shape[1:])
+        own_inputs, shared_inputs = (
+            (None, None)
+            if per_layer_embeddings is None
+            else (per_layer_embeddings[: self.num_own], per_layer_embeddings[self.num_own :])
+        )
+        x, shared, stats, cache = self._run_own(x, own_inputs, view, cache)
+        if self.shared is not None:
+            x, shared_stats = self._run_shared(x, shared_inputs, view, shared)
+            if stats is not None:
+                stats = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), stats, shared_stats)
+        if stats is not None:
+            stats = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stats)
+        return self.final_norm(x), stats, cache
+
+    def _run_own(
+        self, x: jax.Array, inputs: jax.Array | None, view: AttentionView, cache: Cache | None
+    ) -> tuple[jax.Array, SharedKeyValues | None, Any, Cache | None]:
+        graphdef, state = nnx.split(self.own)
+
+        def block(x: jax.Array, state: nnx.State, inputs: jax.Array | None, cache: Cache | None) -> Any:
+            return nnx.merge(graphdef, state)(x, inputs, view, None, cache)
+
+        run = remat(block, self.remat_policy)
+
+        def step(carry: tuple, scanned: tuple) -> tuple:
+            x, _ = carry
+            x, key_values, stats = run(x, *scanned)
+            # Carried rather than collected: only the last period's are wanted, and a carry keeps one copy.
+            return (x, self._last_of_each_kind(key_values)), (stats, None if cache is None else key_values)
+
+        first = jax.tree.map(lambda leaf: leaf[0], (state, inputs, cache))
+        kinds = jax.eval_shape(lambda: self._last_of_each_kind(block(x, *first)[1]))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), kinds)
+        (x, shared), (stats, cache) = jax.lax.scan(step, (x, nothing), (state, inputs, cache))
+        return x, shared, stats, cache
+
+    def _last_of_each_kind(self, key_values: tuple[KeyValues, ...]) -> SharedKeyValues | None:
+        if self.shared is None:
+            return None
+        return SharedKeyValues(key_values[-2] if len(key_values) > 1 else None, key_values[-1])
+
+    def _run_shared(
+        self, x: jax.Array, inputs: jax.Array | None, view: AttentionView, shared: SharedKeyValues | None
+    ) -> tuple[jax.Array, Any]:
+        graphdef, state = nnx.split(self.shared)
+
+        def block(x: jax.Array, state: nnx.State, inputs: jax.Array | None, shared: SharedKeyValues | None) -> Any:
+            x, _, stats = nnx.merge(graphdef, state)(x, inputs, view, shared, None)
+            return x, stats
+
+        run = remat(block, self.remat_policy)
+        return jax.lax.scan(lambda x, scanned: run(x, *scanned, shared), x, (state, inputs))

@@ -1,0 +1,99 @@
+"""The mixture of experts that stands beside the dense MLP: router, experts and the norms around them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma4_jax.config import TextConfig
+from gemma4_jax.layers import RMSNorm, normal_param, ones_param, rms_normalize
+from gemma4_jax.ops.expert_parallel import apply_experts
+
+
+class RouterStats(NamedTuple):
+    """How tokens were spread over experts, global over the batch, padding left out.
+
+    Attributes:
+      load: [..., E] share of all choices that went to each expert; sums to 1.
+      load_balance_loss: [...] E * sum_e load_e * mean router probability_e; 1 when perfectly even.
+    """
+
+    load: jax.Array
+    load_balance_loss: jax.Array
+
+
+class Router(nnx.Module):
+    """Chooses C experts for each token, in float32. Source: spec section 2, "MoE layer"."""
+
+    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype):
+        self.num_choices = config.num_experts_per_token
+        self.eps = config.norm_eps
+        self.scale = ones_param({"norm": config.embed_dim}, param_dtype)
+        self.per_expert_scale = ones_param({"norm": config.num_experts}, param_dtype)
+        self.kernel = normal_param(rngs, {"embed": config.embed_dim, "norm": config.num_experts}, param_dtype)
+
+    def __call__(self, x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
+        """Routes.
+
+        Args:
+          x: [B, T, D], the residual stream itself, not normalised.
+          is_token: [B, T] bool, False on padding, which does not count in the statistics.
+        Returns:
+          (expert index [B, T, C] int32, weight [B, T, C] float32, statistics).
+        """
+        scale, kernel = self.scale[...].astype(jnp.float32), self.kernel[...].astype(jnp.float32)
+        u = rms_normalize(x, self.eps) * scale * x.shape[-1] ** -0.5
+        probabilities = jax.nn.softmax(u @ kernel, axis=-1)
+        top, choices = jax.lax.top_k(probabilities, self.num_choices)
+        weights = top / jnp.sum(top, axis=-1, keepdims=True)
+        weights *= self.per_expert_scale[...].astype(jnp.float32)[choices]
+        return choices, weights, _router_stats(probabilities, choices, is_token)
+
+
+def _router_stats(probabilities: jax.Array, choices: jax.Array, is_token: jax.Array) -> RouterStats:
+    num_experts = probabilities.shape[-1]
+    count = jnp.maximum(jnp.sum(is_token), 1)
+    token_weight = is_token[..., None].astype(jnp.float32)
+    chosen = jnp.sum(jax.nn.one_hot(choices, num_experts), axis=2)
+    load = jnp.sum(chosen * token_weight, axis=(0, 1)) / (count * choices.shape[-1])
+    probability = jnp.sum(probabilities * token_weight, axis=(0, 1)) / count
+    return RouterStats(load, num_experts * jnp.sum(load * probability))
+
+
+class Experts(nnx.Module):
+    """The stacked weights of all experts of one layer; gate and up are the two halves of one projection."""
+
+    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype):
+        expert, embed, mlp = {"expert": config.num_experts}, {"embed": config.embed_dim}, {"mlp": config.expert_dim}
+        self.gate_up = normal_param(rngs, expert | embed | {"gate_and_up": 2} | mlp, param_dtype)
+        self.down = normal_param(rngs, expert | mlp | embed, param_dtype)
+
+    def __call__(self, x: jax.Array, choices: jax.Array, weights: jax.Array) -> jax.Array:
+        return apply_experts(x, choices, weights, self.gate_up[...], self.down[...])
+
+
+class MixtureOfExperts(nnx.Module):
+    """Sum of the dense branch and the experts' branch of a layer, before the layer's last norm."""
+
+    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype):
+        def norm() -> RMSNorm:
+            return RMSNorm({"norm": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+
+        self.router = Router(rngs, config, param_dtype=param_dtype)
+        self.experts = Experts(rngs, config, param_dtype=param_dtype)
+        self.pre_norm = norm()
+        self.dense_post_norm = norm()
+        self.post_norm = norm()
+
+    def __call__(self, residual: jax.Array, dense: jax.Array, is_token: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """Combines.
+
+        Args:
+          residual: [B, T, D], what the layer's MLP branch started from.
+          dense: [B, T, D], output of the dense MLP.
+          is_token: [B, T] bool, False on padding.
+        """
+        choices, weights, stats = self.router(residual, is_token)
+        sparse = self.experts(self.pre_norm(residual), choices, weights)
+        return self.dense_post_norm(dense) + self.post_norm(sparse), stats

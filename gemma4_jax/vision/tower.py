@@ -1,0 +1,129 @@
+"""The vision tower: packed patches of any aspect ratio in, pooled soft tokens out. Source: spec section 3."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma4_jax.config import VisionConfig
+from gemma4_jax.layers import Buffer, GatedMLP, Linear, RMSNorm, normal_param, remat, rms_normalize, stack_modules
+from gemma4_jax.ops.attention import segment_attention
+from gemma4_jax.rope import rotary_angles, rotary_frequencies, rotate_2d
+
+
+class VisionAttention(nnx.Module):
+    """Full attention inside each image, with 2-D rotary positions."""
+
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, *, param_dtype: jnp.dtype):
+        self.eps = config.norm_eps
+        embed = {"embed": config.embed_dim}
+        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+
+        def linear(inputs: dict[str, int], outputs: dict[str, int]) -> Linear:
+            return Linear(rngs, inputs, outputs, param_dtype=param_dtype, is_clipped=config.uses_clipped_linears)
+
+        def norm() -> RMSNorm:
+            return RMSNorm({"head_dim": config.head_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+
+        self.q, self.k, self.v = (linear(embed, heads) for _ in range(3))
+        self.o = linear(heads, embed)
+        self.q_norm = norm()
+        self.k_norm = norm()
+
+    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], image_patches: jax.Array) -> jax.Array:
+        q = rotate_2d(self.q_norm(self.q(x)), angles)
+        k = rotate_2d(self.k_norm(self.k(x)), angles)
+        v = rms_normalize(self.v(x), self.eps).astype(x.dtype)
+        return self.o(segment_attention(q, k, v, image_patches))
+
+
+class VisionLayer(nnx.Module):
+    """One layer of the tower: attention and gated MLP, each between two norms."""
+
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, *, param_dtype: jnp.dtype):
+        def norm() -> RMSNorm:
+            return RMSNorm({"norm": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+
+        self.attention = VisionAttention(rngs, config, param_dtype=param_dtype)
+        self.mlp = GatedMLP(
+            rngs,
+            embed_dim=config.embed_dim,
+            mlp_dim=config.mlp_dim,
+            param_dtype=param_dtype,
+            is_clipped=config.uses_clipped_linears,
+        )
+        self.pre_attention_norm = norm()
+        self.post_attention_norm = norm()
+        self.pre_mlp_norm = norm()
+        self.post_mlp_norm = norm()
+
+    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], image_patches: jax.Array) -> jax.Array:
+        x = x + self.post_attention_norm(self.attention(self.pre_attention_norm(x), angles, image_patches))
+        return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+
+
+class VisionTower(nnx.Module):
+    """Patches to soft tokens."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: VisionConfig,
+        *,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        remat_policy: str,
+    ):
+        self.config = config
+        self.dtype = dtype
+        self.remat_policy = remat_policy
+        embed = {"embed": config.embed_dim}
+        self.patch_embed = Linear(rngs, {"patch": config.patch_dim}, embed, param_dtype=param_dtype)
+        self.position_table = normal_param(rngs, {"xy": 2, "position": config.num_positions} | embed, param_dtype)
+        self.layers = stack_modules(
+            lambda rngs: VisionLayer(rngs, config, param_dtype=param_dtype), rngs, config.num_layers
+        )
+        if config.standardizes:
+            self.std_bias = Buffer(jnp.zeros(config.embed_dim, param_dtype), axes=("norm",))
+            self.std_scale = Buffer(jnp.ones(config.embed_dim, param_dtype), axes=("norm",))
+
+    def __call__(self, patches: jax.Array, positions: jax.Array, image_patches: jax.Array) -> jax.Array:
+        """Encodes.
+
+        Args:
+          patches: [B, P, 3 * patch_size**2] uint8, cell by cell (see Batch).
+          positions: [B, P, 2] int32 (x, y); (-1, -1) is padding.
+          image_patches: [B, I, W] int32, places of each image's patches.
+        Returns:
+          [B, M, Dv] soft tokens, M = P / pooling_size**2; zero where there is padding.
+        """
+        is_patch = positions[..., 0] >= 0
+        x = self._embed(patches, positions, is_patch)
+        frequencies = rotary_frequencies(self.config.head_dim // 2, self.config.rope_theta)
+        angles = (rotary_angles(positions[..., 0], frequencies), rotary_angles(positions[..., 1], frequencies))
+        graphdef, state = nnx.split(self.layers)
+
+        def layer(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, state)(x, angles, image_patches), None
+
+        x, _ = jax.lax.scan(remat(layer, self.remat_policy), x, state)
+        return self._pool(jnp.where(is_patch[..., None], x, 0))
+
+    def _embed(self, patches: jax.Array, positions: jax.Array, is_patch: jax.Array) -> jax.Array:
+        pixels = 2 * (patches.astype(jnp.float32) / 255 - 0.5)
+        table = self.position_table[...].astype(self.dtype)
+        places = jnp.maximum(positions, 0)
+        position = table[0][places[..., 0]] + table[1][places[..., 1]]
+        return self.patch_embed(pixels.astype(self.dtype)) + jnp.where(is_patch[..., None], position, 0)
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        b, p, width = x.shape
+        cell = self.config.pooling_size**2
+        pooled = jnp.sum(x.reshape(b, p // cell, cell, width).astype(jnp.float32), axis=2) / cell
+        # The reference casts the mean before it scales it in float32.
+        pooled = pooled.astype(self.dtype).astype(jnp.float32) * math.sqrt(width)
+        if self.config.standardizes:
+            bias, scale = self.std_bias[...].astype(jnp.float32), self.std_scale[...].astype(jnp.float32)
+            pooled = (pooled - bias) * scale
+        return pooled.astype(self.dtype)

@@ -1,0 +1,61 @@
+"""`gemma4`: one command for everything.
+
+Each command is a module of this folder with `main(arguments)` and `help_text()`, imported when it is asked for.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from gemma4_jax.errors import InputError
+
+COMMANDS = {
+    "train": "train the run that a config describes, or resume it",
+    "preview": "show the first packed rows of a run as one HTML page",
+    "export": "write a trained run as Hugging Face-format safetensors",
+}
+"""Command -> what it does. Its module is gemma4_jax.launch.COMMAND."""
+
+USAGE = "\n".join(
+    [
+        "gemma4 COMMAND [arguments]: train Gemma 4, text and images, in JAX.",
+        "",
+        *(f"  gemma4 {name:<9}{what}" for name, what in COMMANDS.items()),
+        "",
+        "gemma4 COMMAND --help explains a command. To begin: gemma4 train --config=quickstart",
+    ]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: the command line without the program's name; sys.argv's by default.
+    Returns:
+      Exit status: 0; 2 where the input is not acceptable, with one sentence on stderr that says why; 130 where the
+      user interrupted it.
+    """
+    command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if command in ("--help", "-h", "help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        print(version("gemma4-jax"))
+        return 0
+    try:
+        if command not in COMMANDS:
+            raise InputError(f"{command!r} is not a command: there are {', '.join(COMMANDS)}.")
+        module = importlib.import_module(f"gemma4_jax.launch.{command}")
+        if any(argument in ("--help", "-h") for argument in rest):
+            print(module.help_text())
+        else:
+            module.main(rest)
+    except InputError as error:
+        print(f"gemma4: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gemma4: interrupted.", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,40 @@
+"""gemma4 preview --config=FILE_OR_NAME [--config.FIELD=VALUE ...] [--out=preview.html]
+
+Shows what a run would train on: its first packed rows as one HTML page, with tokens coloured by document, the tokens
+that carry loss marked, images where they stand, the attention mask of a row, and the share of padding.
+
+  gemma4 preview --config=quickstart --out=rows.html
+"""
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from gemma4_jax.launch import cli, run_config
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Writes the page.
+
+    Raises:
+      InputError: the config, the data or the place of the page are not acceptable.
+    """
+    command_flags = flags.FlagValues()
+    flags.DEFINE_string("out", "preview.html", "the page to write", flag_values=command_flags)
+    config = run_config.from_command_line(arguments, command_flags)
+
+    from gemma4_jax.data.preview import preview
+
+    out = str(command_flags["out"].value)
+    preview(config, run_config.model_config(config), out)
+    print(f"wrote {out}")
+
+
+def help_text() -> str:
+    """What `gemma4 preview --help` prints."""
+    return f"{(__doc__ or '').strip()}\n\n{run_config.shipped_listing()}"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["preview", *sys.argv[1:]]))

@@ -1,0 +1,198 @@
+"""From a command line to a checked run config. Nothing here imports jax."""
+
+import ast
+import re
+import textwrap
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from gemma4_jax import configs
+from gemma4_jax.config import AudioConfig, Gemma4Config, SpecialTokens, TextConfig, VisionConfig
+from gemma4_jax.configs import base
+from gemma4_jax.errors import InputError
+from gemma4_jax.launch import checks
+
+
+def from_command_line(arguments: Sequence[str], command_flags: flags.FlagValues | None = None) -> ConfigDict:
+    """The run config that a command line asks for.
+
+    Args:
+      arguments: `--config=FILE_OR_NAME`, any number of `--config.FIELD=VALUE`, and flags of the command.
+      command_flags: flags of the command beside the config; parsed in place.
+    Returns:
+      The locked, checked config.
+    Raises:
+      InputError: anything at all is wrong with it.
+    """
+    values = flags.FlagValues() if command_flags is None else command_flags
+    given, rest = _take_config(arguments)
+    _check_flags(rest, values)
+    if not given:
+        raise InputError(f"--config is needed: a .py file, or one of the shipped {', '.join(shipped())}.")
+    config = load(find(given))
+    _check_overrides(rest, config)
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["gemma4", *rest])
+        positional = values(["gemma4", *rest])[1:]
+    except flags.Error as error:
+        raise InputError(_flag_sentence(error, config)) from error
+    if positional:
+        raise InputError(f"{positional[0]!r} is not expected here: give fields as --config.FIELD=VALUE.")
+    check(config.lock())  # the flags have written into it
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """Checks all of a run config that can be checked without jax.
+
+    Raises:
+      InputError: the first thing that is wrong.
+    """
+    # E2B has every tower, so its config has every field of the architecture.
+    checks.check_structure(config.to_dict(), base.get_config("e2b").to_dict())
+    checks.check_values(config)
+    model_config(config)
+
+
+def model_config(config: ConfigDict) -> Gemma4Config:
+    """The architecture that the section `model` describes.
+
+    Raises:
+      InputError: its fields do not describe a possible model.
+    """
+    model = config.model.to_dict()
+    vision, audio = model["vision"], model["audio"]
+    if audio is not None:
+        audio = AudioConfig(**{**audio, "subsampling_channels": tuple(audio["subsampling_channels"])})
+    return Gemma4Config(
+        text=TextConfig(**model["text"]),
+        vision=None if vision is None else VisionConfig(**vision),
+        audio=audio,
+        tokens=SpecialTokens(**model["tokens"]),
+    )
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of every config in this package."""
+    folder = Path(configs.__path__[0])
+    return {file.stem: file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"}
+
+
+def shipped_listing() -> str:
+    """The shipped configs, a line each, for help texts."""
+    lines = ["Shipped configs:"]
+    for name, file in shipped().items():
+        summary = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
+        lines.append(f"  {name:<18}{summary}")
+    return "\n".join(lines)
+
+
+def find(given: str) -> Path:
+    """The file that `--config=given` means: a path, or the bare name of a shipped config.
+
+    Raises:
+      InputError: there is no such file.
+    """
+    if given in shipped():
+        return shipped()[given]
+    path = Path(given)
+    if path.suffix != ".py":
+        name = checks.nearest(path.stem, shipped())
+        raise InputError(
+            f"--config={given} is neither a .py file nor a shipped config: "
+            f"shipped are {', '.join(shipped())}, and the nearest is {name}."
+        )
+    return path
+
+
+def load(path: Path) -> ConfigDict:
+    """Runs a config file and calls its get_config().
+
+    Raises:
+      InputError: the file is missing or unreadable, fails, or gives no ConfigDict.
+    """
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"config file {path} cannot be read: {(error.strerror or 'unknown error').lower()}."
+        ) from error
+    namespace: dict[str, Any] = {"__name__": "run_config_file", "__file__": str(path)}
+    try:
+        exec(compile(source, str(path), "exec"), namespace)
+        get_config = namespace.get("get_config")
+        config = get_config() if callable(get_config) else None
+    except Exception as error:
+        raise InputError(_file_sentence(path, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"config file {path} must define a function get_config() that returns an ml_collections ConfigDict."
+        )
+    return config.lock()
+
+
+def _file_sentence(path: Path, error: Exception) -> str:
+    """What went wrong in a config file, and on which of its lines."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError):
+        lines, text = [error.lineno], error.msg
+    else:
+        text = " ".join(str(error).split())
+    missing = re.search(r'Key "(\w+)" does not exist', text)
+    if missing:
+        near = checks.nearest(missing[1], checks.leaves(base.get_config("e2b").to_dict()))
+        text = f"there is no field {missing[1]}, the nearest is {near}"
+    where = f", line {lines[-1]}" if lines else ""
+    return f"config file {path}{where}: {type(error).__name__}: {textwrap.shorten(text, 200).rstrip('.')}."
+
+
+def _take_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Splits off the value of --config: ("" if there is none, the other arguments); the last one counts."""
+    given, rest, remaining = "", [], iter(arguments)
+    for argument in remaining:
+        if argument in ("--config", "-config"):
+            given = next(remaining, "")
+        elif match := re.fullmatch(r"--?config=(.*)", argument, re.DOTALL):
+            given = match[1]
+        else:
+            rest.append(argument)
+    return given, rest
+
+
+def _check_flags(arguments: Sequence[str], command_flags: flags.FlagValues) -> None:
+    """Refuses flags that are neither fields of the config nor flags of the command."""
+    for argument in arguments:
+        match = re.match(r"--?([A-Za-z][^=]*)", argument)
+        if match and not re.match(r"(no)?config\.", match[1]) and match[1] not in command_flags:
+            near = checks.nearest(match[1], ["config", *command_flags])
+            raise InputError(f"{argument} is not possible: there is no such flag, the nearest is --{near}.")
+
+
+def _check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
+    """Refuses fields that do not exist, while what they were given is still at hand."""
+    known = checks.leaves(config.to_dict())
+    sections = {leaf[: dot.start()] for leaf in known for dot in re.finditer(r"\.", leaf)}
+    for argument in arguments:
+        match = re.fullmatch(r"--?(?:no)?config\.([^=]*)(=.*)?", argument, re.DOTALL)
+        if match is None or match[1] in sections:
+            continue
+        path, value = match[1], match[2] or ""
+        if path not in known:
+            raise checks.unknown_field(path, value, known)
+        if known[path] is None:
+            raise InputError(f"{path}{value} is not possible: it is None here, and only a config file can set it.")
+
+
+def _flag_sentence(error: flags.Error, config: ConfigDict) -> str:
+    """absl's error about a flag in our words, where it is about the value of a field."""
+    text = " ".join(str(error).split())
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
+    if match is None:
+        return text.rstrip(" ?.") + "."
+    example = checks.leaves(config.to_dict()).get(match[1], {})
+    return f"{match[1]}={match[2]!r} is not possible: it must be {checks.type_of(example).accepted}."

@@ -1,0 +1,50 @@
+"""gemma4 train --config=FILE_OR_NAME [--config.FIELD=VALUE ...]
+
+Trains the run that a config describes, in its run_dir: checkpoints, metrics.jsonl, report.html, summary.json and, at
+the end, an export. A run that was stopped goes on from its last checkpoint when the same command is given again.
+
+  gemma4 train --config=quickstart
+  gemma4 train --config=quickstart --config.train.num_steps=500 --config.run_dir=runs/short
+  gemma4 train --config=my_config.py --config.optimizer.learning_rate=1e-4
+
+Every field, with its default, is in the config `base`.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gemma4_jax.launch import checks, cli, run_config
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Checks the config, trains, and exports if the config says so.
+
+    Raises:
+      InputError: the config, the devices or the data are not acceptable.
+    """
+    config = run_config.from_command_line(arguments)
+
+    from gemma4_jax.data.pack import RowShape
+    from gemma4_jax.sharding import make_mesh
+
+    model_config = run_config.model_config(config)
+    RowShape.from_config(config.data, model_config)
+    checks.check_batch(config, make_mesh(config.mesh.to_dict()).shape)
+
+    from gemma4_jax.train.loop import train
+
+    train(config, model_config)
+    if config.export.at_end:
+        from gemma4_jax.hf.save import export
+
+        export(config.run_dir, config.export.dir or Path(config.run_dir) / "export")
+
+
+def help_text() -> str:
+    """What `gemma4 train --help` prints."""
+    return f"{(__doc__ or '').strip()}\n\n{run_config.shipped_listing()}"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["train", *sys.argv[1:]]))

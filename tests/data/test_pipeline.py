@@ -1,0 +1,258 @@
+import dataclasses
+import json
+import re
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from gemma4_jax.data.mixture import ROUND, Turns, mix_sources
+from gemma4_jax.data.pack import MAX_WARNINGS
+from gemma4_jax.data.pipeline import eval_batches, held_out_sources, make_train_iterator, read_counters
+from gemma4_jax.data.sources import open_source
+from gemma4_jax.data.sources.digits import DigitsSource
+from gemma4_jax.data.tokenize import DocumentTokenizer
+from gemma4_jax.errors import InputError
+from gemma4_jax.sizes import e2b
+
+
+@pytest.fixture
+def make_iterator(make_config, model, tokenizer):
+    iterators = []
+
+    def make(config=None, **process):
+        iterators.append(make_train_iterator(config or make_config(), model, tokenizer, **process))
+        return iterators[-1]
+
+    yield make
+    for iterator in iterators:
+        iterator.close()
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return f"jsonl:{path}"
+
+
+def first_texts(iterator, tokenizer, num_batches):
+    """The texts of the documents of some batches, without <bos> and <eos>."""
+    texts = []
+    for _ in range(num_batches):
+        batch = next(iterator)
+        for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
+            for segment in range(1, segments.max() + 1):
+                texts.append(tokenizer.decode(tokens[segments == segment][1:-1].tolist()))
+    return texts
+
+
+def test_batches_have_the_shapes_of_the_config(make_iterator):
+    batch = next(make_iterator())
+    shapes = {name: leaf.shape for name, leaf in vars(batch).items()}
+    text = dict.fromkeys(["tokens", "targets", "loss_weights", "positions", "segment_ids", "image_ids", "image_slots"])
+    assert shapes == dict.fromkeys(text, (4, 352)) | {
+        "patches": (4, 1120, 48),
+        "patch_positions": (4, 1120, 2),
+        "patch_image_ids": (4, 1120),
+        "image_patches": (4, 4, 280),
+    }
+    assert batch.patches.dtype == np.uint8
+    assert batch.loss_weights.dtype == np.float32
+
+
+def test_equal_configs_give_equal_batches_and_other_seeds_others(make_iterator, make_config):
+    first, second, other = make_iterator(), make_iterator(), make_iterator(make_config(seed=1))
+    assert_equal(next(first), next(second))
+    assert_equal(next(first), next(second))
+    assert not np.array_equal(next(first).tokens, next(other).tokens)
+
+
+def test_it_goes_on_after_any_batch_exactly(make_iterator):
+    whole = make_iterator()
+    states, batches = [whole.get_state()], []
+    for _ in range(6):
+        batches.append(next(whole))
+        states.append(json.loads(json.dumps(whole.get_state())))
+    for start in range(6):
+        resumed = make_iterator()
+        next(resumed)  # an iterator that has already moved is set back just the same
+        resumed.set_state(states[start])
+        for batch in batches[start:]:
+            assert_equal(next(resumed), batch)
+        assert resumed.get_state() == states[-1]
+
+
+def test_orbax_saves_and_restores_it(make_iterator, tmp_path):
+    iterator = make_iterator()
+    next(iterator)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        expected = [next(iterator) for _ in range(2)]
+        resumed = make_iterator()
+        manager.restore(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
+    for batch in expected:
+        assert_equal(next(resumed), batch)
+
+
+def test_processes_share_the_documents_out(make_iterator, make_config, tokenizer, tmp_path):
+    texts = [f"document {i}" for i in range(256)]
+    config = make_config(
+        mixture={"mine": 1.0}, sources={"mine": write_jsonl(tmp_path / "mine.jsonl", texts)}, seq_len=80
+    )
+    halves = []
+    for process in range(2):
+        iterator = make_iterator(config, process_index=process, process_count=2)
+        halves.append(first_texts(iterator, tokenizer, 12))
+        assert next(iterator).tokens.shape == (2, 80)
+    # An epoch is 128 documents in each process; its end is not sharp, because the packer chooses among some ahead.
+    assert min(map(len, halves)) > 200
+    assert set(halves[0][:80]).isdisjoint(halves[1][:80])
+    assert {text for half in halves for text in half} == set(texts)
+
+
+def test_every_document_comes_once_in_an_epoch(make_config, tokenizer, model, tmp_path):
+    texts = [f"document {i}" for i in range(100)]
+    config = make_config(mixture={"mine": 1.0}, sources={"mine": write_jsonl(tmp_path / "mine.jsonl", texts)})
+    tokenize = DocumentTokenizer(tokenizer, model.vision, 70)
+    mixed = mix_sources(config.data, tokenize)
+    epochs = [[mixed[i].name for i in range(start, start + 100)] for start in range(0, 1000, 100)]
+    assert all(len(set(epoch)) == 100 for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 10
+    config.data.seed = 1
+    other = mix_sources(config.data, tokenize)
+    assert [other[i].name for i in range(100)] not in epochs
+
+
+def test_turns_keep_the_proportions_in_every_shard_and_read_each_source_in_order():
+    turns = Turns([0.7, 0.2, 0.1, 1e-9], seed=0)
+    taken = [turns[i] for i in range(2 * ROUND)]
+    for process in range(2):
+        shard = [source for source, _ in taken[process::2]]
+        for start in range(0, ROUND, 1000):
+            shares = np.bincount(shard[start : start + 1000], minlength=4) / 1000
+            np.testing.assert_allclose(shares, [0.7, 0.2, 0.1, 0], atol=0.06)
+    for source in range(4):
+        indices = [index for chosen, index in taken if chosen == source]
+        assert indices == list(range(len(indices)))
+        assert indices
+
+
+def test_training_never_sees_what_is_held_out(make_config, tokenizer, model):
+    mixed = mix_sources(make_config(mixture={"python": 1.0}).data, DocumentTokenizer(tokenizer, model.vision, 70))
+    source = open_source("python", split="held_out")
+    held_out = {source[i].name.split(" part ")[0] for i in range(len(source))}
+    assert held_out
+    assert held_out.isdisjoint(mixed[i].name.split(" part ")[0] for i in range(5000))
+
+
+def test_long_text_is_split_and_counted_across_a_resume(make_iterator, make_config, tokenizer, tmp_path):
+    texts = ["x = 1\n" * 100, "short\n"]
+    config = make_config(
+        mixture={"mine": 1.0}, sources={"mine": write_jsonl(tmp_path / "mine.jsonl", texts)}, seq_len=100
+    )
+    iterator = make_iterator(config)
+    for _ in range(5):
+        next(iterator)
+    counters = read_counters(iterator)
+    assert counters["split"] > 0
+    assert counters["images"] == counters["dropped"] == counters["unreadable"] == 0
+    resumed = make_iterator(config)
+    resumed.set_state(iterator.get_state())
+    assert read_counters(resumed) == counters
+
+
+def test_unreadable_records_are_skipped_counted_and_named(make_iterator, make_config, tokenizer, tmp_path, caplog):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "good"}\n{"segments": [{"image": "missing.png"}]}\n' * 50)
+    iterator = make_iterator(make_config(mixture={"mine": 1.0}, sources={"mine": f"jsonl:{path}"}, seq_len=80))
+    assert set(first_texts(iterator, tokenizer, 2)) == {"good"}
+    assert read_counters(iterator)["unreadable"] > 0
+    assert re.search(r"mine\.jsonl line \d*[02468]: the image 'missing\.png'", caplog.text)
+    assert len(caplog.records) <= MAX_WARNINGS
+
+
+def test_data_without_a_readable_record_is_an_error(make_iterator, make_config, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("not json\n")
+    with pytest.raises(InputError, match=r"mine\.jsonl line 1"):
+        next(make_iterator(make_config(mixture={"mine": 1.0}, sources={"mine": f"jsonl:{path}"})))
+
+
+IMPOSSIBLE = {
+    r"batch_size=3 must be a multiple of the 2 processes": {"batch_size": 3},
+    r"mixture=\{\} is not possible": {"mixture": {}},
+    r"mixture=.* is not possible: .* at least one source": {"mixture": {"digits": 0.0}},
+    r"mixture=.* is not possible: .* none a weight below 0": {"mixture": {"digits": 1.0, "python": -1.0}},
+    r"seed=-1 is not possible": {"seed": -1},
+    r"'nothing' is of no known kind: the kinds are digits, python, jsonl, tfds": {"mixture": {"nothing": 1.0}},
+}
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_an_impossible_config_is_refused(make_iterator, make_config, message):
+    with pytest.raises(InputError, match=message):
+        make_iterator(make_config(**IMPOSSIBLE[message]), process_count=2)
+
+
+def test_a_tokenizer_of_another_model_is_refused(make_config, tokenizer):
+    with pytest.raises(InputError, match="does not belong to the model"):
+        make_train_iterator(make_config(), e2b(), tokenizer)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(make_config, model, tokenizer):
+    small = dataclasses.replace(model, text=dataclasses.replace(model.text, vocab_size=512))
+    with pytest.raises(InputError, match=r"vocab_size=512 is too small.*1024 tokens"):
+        make_train_iterator(make_config(), small, tokenizer)
+
+
+def test_worker_processes_give_every_document_and_resume(make_iterator, make_config):
+    config = make_config(num_workers=2)
+    whole = make_iterator(config)
+    batches = [next(whole) for _ in range(2)]
+    state = whole.get_state()
+    batches = [next(whole) for _ in range(3)]
+    assert read_counters(whole)["documents"] > 0
+    resumed = make_iterator(config)
+    resumed.set_state(state)
+    for batch in batches:
+        assert_equal(next(resumed), batch)
+
+
+def test_evaluation_asks_for_every_held_out_image(make_config, model, tokenizer, rows_of):
+    batches = eval_batches(make_config(num_images=30), model, tokenizer, 3)
+    items = [item for _, batch_items in batches for item in batch_items]
+    assert len(items) == 30
+    for batch, batch_items in batches:
+        assert batch.tokens.shape == (3, 352)
+        rows = rows_of(batch)
+        for item in batch_items:
+            row = rows[item.row]
+            assert tokenizer.decode(row.tokens[item.start : item.stop].tolist()) == item.text + "\n"
+            assert np.all(row.loss_weights[item.start - 1 : item.stop - 1] == 1)
+            assert row.loss_weights[item.start - 2] == 0
+            segment = row.segment_ids[item.start]
+            assert row.tokens[row.segment_ids == segment][0] == tokenizer.tokens.bos
+            assert row.segment_ids[item.stop] == segment
+            image = row.image_ids[row.segment_ids == segment].max()
+            assert item.pixels.size == row.patches[row.patch_image_ids == image].size
+    source = DigitsSource("held_out", seed=0)
+    assert sorted(item.text for item in items) == sorted(source[i].segments[2].text[:-1] for i in range(30))
+
+
+def test_evaluation_of_text_has_no_items(make_config, model, tokenizer):
+    batches = eval_batches(make_config(num_images=30), model, tokenizer, 4, source="python")
+    assert batches
+    assert all(items == [] for _, items in batches)
+    assert sum(batch.segment_ids.max(axis=1).sum() for batch, _ in batches) >= 30
+
+
+def test_only_bundled_sources_hold_documents_back(make_config, model, tokenizer):
+    config = make_config(mixture={"digits": 1.0, "mine": 1.0}, sources={"mine": "jsonl:x.jsonl"})
+    assert held_out_sources(config) == ["digits"]
+    with pytest.raises(InputError, match="keeps no documents back"):
+        eval_batches(config, model, tokenizer, 4, source="mine")

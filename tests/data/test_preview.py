@@ -1,0 +1,92 @@
+import base64
+import io
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from gemma4_jax.data.assemble import assemble
+from gemma4_jax.data.document import Document, Image, Text
+from gemma4_jax.data.images import resize_image
+from gemma4_jax.data.pack import RowShape
+from gemma4_jax.data.preview import attention_mask, preview, preview_html
+from gemma4_jax.data.tokenize import DocumentTokenizer
+from gemma4_jax.errors import InputError
+from gemma4_jax.ops.attention import Sites, visible
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
+TALL = PIXELS.transpose(1, 0, 2)
+
+
+@pytest.fixture(scope="module")
+def batch(tokenizer, model):
+    tokenize = DocumentTokenizer(tokenizer, model.vision, 70)
+    documents = [
+        Document((Image(PIXELS), Text("q? ", loss=False), Text("<script>alert('x')</script>\n"), Image(TALL)), "a"),
+        Document((Text("plain & simple"),), "b"),
+    ]
+    return assemble(
+        [[tokenize(document) for document in documents], []], RowShape(352, 4, 1120, 280, 48), image_token=8
+    )
+
+
+def pictures(page):
+    sources = re.findall(r"src='data:image/png;base64,([^']+)'", page)
+    return [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB")) for source in sources]
+
+
+def test_the_page_shows_tokens_images_and_padding(batch, tokenizer, model):
+    page = preview_html([batch], tokenizer, model, max_rows=2)
+    assert page.count("<section>") == 2
+    text = re.sub(r"<[^>]+>", "", page)
+    assert "2 documents" in text
+    assert "2 images" in text
+    assert "plain &amp; simple" in text
+    expected = resize_image(PIXELS, patch_size=4, pooling_size=2, max_soft_tokens=70)
+    assert any(np.array_equal(picture, expected) for picture in pictures(page))
+    assert len(pictures(page)) == 2 + 2 * 2  # images, and two masks a row
+
+
+def test_the_page_marks_what_is_learned(batch, tokenizer, model):
+    page = preview_html([batch], tokenizer, model, max_rows=1)
+    marked = re.findall(r"<span class='t loss[^']*' title='[^']*'>(.*?)</span>", page, re.DOTALL)
+    assert "".join(marked).startswith("&lt;script&gt;")
+    assert not any("q" in token for token in marked[:3])
+
+
+def test_text_cannot_write_into_the_page(batch, tokenizer, model):
+    page = preview_html([batch], tokenizer, model, max_rows=2)
+    assert "<script" not in page
+    assert "http" not in page  # nothing is fetched from anywhere
+
+
+def test_rows_stop_at_the_most_that_are_shown(batch, tokenizer, model):
+    page = preview_html(iter([batch] * 3), tokenizer, model, max_rows=3)
+    assert page.count("<section>") == 3
+
+
+@pytest.mark.parametrize("window", [None, 5, 64])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_masks_are_those_of_the_model(batch, window, bidirectional):
+    row = {name: leaf[0] for name, leaf in vars(batch).items()}
+    drawn = attention_mask(row, np.arange(352), window=window, image_blocks_bidirectional=bidirectional)
+    sites = Sites(batch.positions[:1], batch.segment_ids[:1], batch.image_ids[:1])
+    expected = np.asarray(visible(sites, sites, window=window, image_blocks_bidirectional=bidirectional))[0]
+    tokens = row["segment_ids"] > 0
+    np.testing.assert_array_equal(drawn[tokens][:, tokens], expected[tokens][:, tokens])
+    assert not drawn[~tokens].any()
+
+
+def test_a_config_is_previewed_into_a_file(make_config, model, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    preview(make_config(), model, path)
+    assert path.read_text("utf-8").startswith("<!doctype html>")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_refused(make_config, model, tmp_path):
+    with pytest.raises(InputError, match="cannot be written"):
+        preview(make_config(), model, tmp_path / "missing" / "page.html")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,89 @@
+"""The reference implementation on small models: transformers and torch, on the CPU."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import transformers
+from transformers.models.gemma4 import Gemma4ForConditionalGeneration
+
+from gemma4_jax.config import Gemma4Config
+from gemma4_jax.hf.config import to_hf
+from tests.hf import samples
+
+MAX_SOFT_TOKENS = 70
+
+
+def build(
+    config: Gemma4Config, weights: Mapping[str, np.ndarray], dtype=torch.float32
+) -> Gemma4ForConditionalGeneration:
+    """The reference model with these weights."""
+    content = to_hf(config, dtype="float32", max_soft_tokens=MAX_SOFT_TOKENS)
+    hf_config = transformers.Gemma4Config(**content, attn_implementation="eager", experts_implementation="eager")
+    model = Gemma4ForConditionalGeneration(hf_config)
+    state = {name: torch.from_numpy(array) for name, array in weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], []), (missing, unexpected)
+    model.tie_weights()
+    return model.to(dtype).eval()
+
+
+def inputs(documents: Sequence[samples.Segments], config: Gemma4Config) -> dict[str, torch.Tensor]:
+    """Documents as the rows of a batch, padded on the right, as the reference's processor lays them out."""
+    assert config.vision is not None
+    examples = [samples.example(document, config) for document in documents]
+    length = max(len(example.tokens) for example in examples)
+    ids = np.zeros((len(examples), length), np.int64)
+    mask = np.zeros_like(ids)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.tokens)] = example.tokens
+        mask[row, : len(example.tokens)] = 1
+    given = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": (ids == config.tokens.image).astype(np.int64),
+    }
+    images = [image for example in examples for image in example.images]
+    if images:
+        width = max(len(image.patches) for image in images)
+        pixels = np.zeros((len(images), width, config.vision.patch_dim), np.float32)
+        positions = np.full((len(images), width, 2), -1, np.int64)
+        for i, image in enumerate(images):
+            # The reference has patches in raster order; ours come cell by cell.
+            raster = np.lexsort((image.positions[:, 0], image.positions[:, 1]))
+            pixels[i, : len(raster)] = image.patches[raster] / np.float32(255)
+            positions[i, : len(raster)] = image.positions[raster]
+        given |= {"pixel_values": pixels, "image_position_ids": positions}
+    return {name: torch.from_numpy(array) for name, array in given.items()}
+
+
+def logits(
+    model: Gemma4ForConditionalGeneration, documents: Sequence[samples.Segments], config: Gemma4Config
+) -> list[np.ndarray]:
+    """[T, V] logits of every document, padding cut off."""
+    given = inputs(documents, config)
+    with torch.no_grad():
+        out = model(**_cast(given, model.dtype), use_cache=False).logits.float().numpy()
+    return [row[mask] for row, mask in zip(out, given["attention_mask"].bool().numpy(), strict=True)]
+
+
+def _cast(given: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+
+
+def loss_and_gradients(
+    model: Gemma4ForConditionalGeneration, documents: Sequence[samples.Segments], config: Gemma4Config
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Mean cross entropy over the loss weights of the documents, and its gradient for every parameter by name."""
+    model.zero_grad()
+    rows = [samples.batch([[document]], config) for document in documents]
+    total_weight = sum(row.loss_weights.sum() for row in rows)
+    total = 0.0
+    for document, row in zip(documents, rows, strict=True):  # one by one: padding is not its concern
+        given = _cast(inputs([document], config), model.dtype)
+        logits = model(**given, use_cache=False).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(row.targets[0]).long(), reduction="none")
+        loss = (losses * torch.from_numpy(row.loss_weights[0])).sum() / total_weight
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.float().numpy() for name, p in model.named_parameters() if p.grad is not None}

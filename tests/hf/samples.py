@@ -1,0 +1,232 @@
+"""Small models with lively weights and documents with images, in numpy: the same on every machine, without torch."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gemma4_jax import sizes
+from gemma4_jax.batch import Batch
+from gemma4_jax.config import Gemma4Config, SpecialTokens
+from gemma4_jax.data.assemble import assemble
+from gemma4_jax.data.images import ImagePatches, cut_patches
+from gemma4_jax.data.pack import RowShape
+from gemma4_jax.data.tokenize import Example
+from gemma4_jax.hf.names import Tensor, tensors
+from gemma4_jax.model import Gemma4
+from gemma4_jax.ops.cross_entropy import chunked_cross_entropy
+
+OFFICIAL_SIZES = ("e2b", "e4b", "26b_a4b", "31b")
+VOCAB_SIZE = 160
+GOLDEN_STRIDE = 4
+"""Golden files hold every fourth logit."""
+TOKENS = SpecialTokens(
+    begin_image=148, image=150, end_image=151, begin_audio=149, audio=152, end_audio=153, video=154
+)  # fmt: skip
+
+Segments = Sequence[list[int] | np.ndarray]
+"""A document: token ids, and images as uint8 pixels [height, width, 3] whose sides are whole cells."""
+
+
+def shrink(size: str, *, with_audio: bool = False) -> Gemma4Config:
+    """An official size with smaller widths and depths, and every feature of it."""
+    config = sizes.SIZES[size]()
+    text, vision = config.text, config.vision
+    assert vision is not None
+    has_shared = text.num_kv_shared_layers > 0
+    period = text.attention_period
+    kv_heads = {"num_kv_heads": 2, "num_global_kv_heads": 1} if text.uses_k_eq_v else {}
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(
+            text,
+            vocab_size=VOCAB_SIZE,
+            embed_dim=48,
+            mlp_dim=40,
+            num_layers=(4 if has_shared else 2) * period,
+            num_kv_shared_layers=(2 if has_shared else 0) * period,
+            num_heads=4,
+            head_dim=16,
+            global_head_dim=32,
+            sliding_window=12,
+            per_layer_embed_dim=24 if text.per_layer_embed_dim else 0,
+            num_experts=6 if text.num_experts else 0,
+            num_experts_per_token=2 if text.num_experts else 0,
+            expert_dim=12 if text.num_experts else 0,
+            max_positions=512,
+            **kv_heads,
+        ),
+        vision=dataclasses.replace(
+            vision, embed_dim=32, mlp_dim=24, num_layers=2, num_heads=2, head_dim=16, patch_size=4, num_positions=640
+        ),
+        audio=config.audio
+        and dataclasses.replace(config.audio, embed_dim=16, num_layers=1, num_heads=2, subsampling_channels=(8, 4))
+        if with_audio
+        else None,
+        tokens=TOKENS,
+    )
+
+
+def lively_weights(config: Gemma4Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint, float32, away from the values that would hide a mistake: no norm scale or layer
+    scalar is 1, clip bounds are finite and bite, and activations keep their size through the layers."""
+    weights = {}
+    for tensor in tensors(config):
+        if not tensor.is_redundant:
+            rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
+            weights[tensor.name] = _lively(rng, tensor.name, tensor.shape).astype(np.float32)
+    return weights
+
+
+def _lively(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    last = name.rsplit(".", 1)[-1]
+    if last in ("input_min", "output_min"):
+        return np.asarray(-rng.uniform(1.0, 2.0))
+    if last in ("input_max", "output_max"):
+        return np.asarray(rng.uniform(1.0, 2.0))
+    if last == "layer_scalar":
+        return rng.uniform(0.8, 1.5, shape)
+    noise = rng.standard_normal(shape)
+    if "q_norm" in name or "k_norm" in name:  # sharper attention would amplify rounding from layer to layer
+        return 0.5 + 0.15 * noise
+    if len(shape) == 1 and last != "std_bias":
+        return 1 + 0.3 * noise
+    if last == "position_embedding_table" or last == "std_bias":
+        return 0.3 * noise
+    if "embed_tokens" in name:
+        return 3 * noise / np.sqrt(shape[-1])
+    return noise / np.sqrt(shape[-1])
+
+
+def ours(weights: Mapping[str, Any], config: Gemma4Config) -> dict[str, np.ndarray]:
+    """Tensors of a checkpoint as our parameters, by dotted path."""
+    stacks: dict[str, list[Tensor]] = {}
+    for tensor in tensors(config):
+        if tensor.path is not None:
+            stacks.setdefault(tensor.path, []).append(tensor)
+    parameters = {}
+    for path, stack in stacks.items():
+        arrays = [
+            tensor.to_ours(weights[tensor.name]) for tensor in sorted(stack, key=lambda tensor: tensor.index or 0)
+        ]
+        parameters[path] = arrays[0] if stack[0].index is None else np.stack(arrays)
+    return parameters
+
+
+def model(config: Gemma4Config, weights: Mapping[str, np.ndarray], **options: Any) -> Gemma4:
+    """Our model with these weights, stored as float32."""
+    abstract = nnx.eval_shape(lambda: Gemma4(config, nnx.Rngs(0), **options))
+    arrays = ours(weights, config)
+    graphdef, state = nnx.split(abstract)
+    flat = [
+        (path, variable.replace(jnp.asarray(arrays[".".join(map(str, path))])))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def example(segments: Segments, config: Gemma4Config) -> Example:
+    """A document as the data pipeline gives it; every text token but the first carries loss."""
+    tokens: list[int] = []
+    carries_loss: list[bool] = []
+    images: list[ImagePatches] = []
+    for segment in segments:
+        is_image = isinstance(segment, np.ndarray)
+        if is_image:
+            assert config.vision is not None
+            cells = {"patch_size": config.vision.patch_size, "pooling_size": config.vision.pooling_size}
+            images.append(cut_patches(segment, **cells))
+            placeholders = [config.tokens.image] * images[-1].num_soft_tokens
+            segment = [config.tokens.begin_image, *placeholders, config.tokens.end_image]
+        tokens += segment
+        carries_loss += [not is_image] * len(segment)
+    return Example(np.array(tokens, np.int32), np.array(carries_loss), tuple(images), "sample")
+
+
+def batch(rows: Sequence[Sequence[Segments]], config: Gemma4Config, *, length: int | None = None) -> Batch:
+    """Rows of packed documents; as long as the longest needs, or `length`."""
+    assert config.vision is not None
+    examples = [[example(document, config) for document in row] for row in rows]
+    images = [[image for document in row for image in document.images] for row in examples]
+    shape = RowShape(
+        tokens=length or max(sum(len(document.tokens) for document in row) for row in examples),
+        images=max(map(len, images)),
+        patches=max(sum(len(image.patches) for image in row) for row in images),
+        patches_per_image=max((len(image.patches) for row in images for image in row), default=0),
+        patch_dim=config.vision.patch_dim,
+    )
+    return assemble(examples, shape, config.tokens.image)
+
+
+def cases(config: Gemma4Config) -> dict[str, list[Segments]]:
+    """Documents by what they try; those of one case make a batch with padding."""
+    rng = np.random.default_rng(7)
+
+    def words(length: int) -> list[int]:
+        return rng.integers(15, min(config.text.vocab_size, TOKENS.begin_image), length).tolist()
+
+    def picture(rows: int, columns: int) -> np.ndarray:
+        return image(rng, config, rows, columns)
+
+    bos = config.tokens.bos
+    return {
+        "text": [[[bos, *words(40)]]],
+        "one_image": [[[bos, *words(6)], picture(3, 4), words(12)]],
+        "images": [[[bos], picture(2, 7), words(5), picture(5, 1), words(3), picture(1, 1), words(9)]],
+        "image_first_and_last": [[picture(2, 3), words(4), picture(4, 2)]],
+        "padding": [[[bos, *words(5)]], [[bos], picture(3, 3), words(20)], [[bos, *words(17)]]],
+    }
+
+
+def image(rng: np.random.Generator, config: Gemma4Config, rows: int, columns: int) -> np.ndarray:
+    """An image of rows x columns soft tokens."""
+    assert config.vision is not None
+    cell = config.vision.patch_size * config.vision.pooling_size
+    return rng.integers(0, 256, (rows * cell, columns * cell, 3)).astype(np.uint8)
+
+
+def all_documents(config: Gemma4Config) -> list[Segments]:
+    """The documents of all cases, to be computed in one batch."""
+    return [document for documents in cases(config).values() for document in documents]
+
+
+@nnx.jit
+def logits(model: Gemma4, rows: Batch) -> jax.Array:
+    """[B, T, V], compiled."""
+    return model(rows)
+
+
+def loss_and_gradients(model: Gemma4, rows: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    """Mean cross entropy over the loss weights, as in training, and its gradient for every parameter by path."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def compute(params: nnx.State, rows: Batch) -> Any:
+        def loss(params: nnx.State) -> jax.Array:
+            model = nnx.merge(graphdef, params, rest)
+            hidden, _ = model.hidden(rows)
+            table, cap = model.embedding_table[...], model.config.text.final_logit_softcap
+            total, weight = chunked_cross_entropy(
+                hidden, table, rows.targets, rows.loss_weights, cap=cap, chunk=rows.tokens.shape[1]
+            )
+            return total / weight
+
+        return jax.value_and_grad(loss)(params)
+
+    loss, gradients = compute(params, jax.tree.map(jnp.asarray, rows))
+    flat = nnx.to_flat_state(gradients)
+    return float(loss), {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in flat}
+
+
+def summarize_gradient(name: str, gradient: np.ndarray) -> tuple[float, float]:
+    """Two numbers that tell gradients apart: the norm, and the projection on a random direction."""
+    if "embed_tokens_per_layer" in name:
+        gradient = gradient.copy()
+        gradient[TOKENS.pad] = 0  # see test_parity: the one row in which the models differ
+    direction = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(gradient.shape)
+    return float(np.linalg.norm(gradient)), float(np.sum(gradient * direction))

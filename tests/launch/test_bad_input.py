@@ -1,0 +1,139 @@
+"""Whatever is wrong with a command line or a config: one sentence on stderr, exit status 2, nothing done."""
+
+import pytest
+
+from gemma4_jax.launch import cli
+
+MISTAKES = [
+    # unknown names
+    ("--config.train.num_step=5", "train.num_step=5", "nearest is train.num_steps"),
+    ("--config.num_steps=5", "num_steps=5", "nearest is train.num_steps"),
+    ("--config.model.text.numheads=4", "model.text.numheads=4", "nearest is model.text.num_heads"),
+    ("--config.optimiser.learning_rate=1", "optimiser.learning_rate=1", "nearest is optimizer.learning_rate"),
+    ("--config..=5", ".=5", "no such field"),
+    ("--confg.seed=5", "--confg.seed=5", "nearest is --config"),
+    ("--ouput=5", "--ouput=5", "no such flag"),
+    ("stray", "'stray'", "--config.FIELD=VALUE"),
+    # wrong types
+    ("--config.train.num_steps=many", "train.num_steps='many'", "a whole number"),
+    ("--config.train.num_steps=0.5", "train.num_steps='0.5'", "a whole number"),
+    ("--config.optimizer.learning_rate=fast", "optimizer.learning_rate='fast'", "a finite number"),
+    ("--config.optimizer.learning_rate=nan", "optimizer.learning_rate=nan", "a finite number"),
+    ("--config.log.tensorboard=maybe", "log.tensorboard='maybe'", "true or false"),
+    ("--config.data.mixture=digits", "data.mixture='digits'", "a dictionary"),
+    ("--config.data.mixture={'digits': 'all'}", "data.mixture.digits='all'", "a finite number"),
+    ("--config.data.sources={'mine': 3}", "data.sources.mine=3", "text"),
+    ("--config.train={'num_steps': 5}", "train.compute_dtype", "missing"),
+    ("--config.train.num_steps", "--config.train.num_steps", "Missing value"),
+    ("--config.model.audio=1", "model.audio=1", "only a config file can set it"),
+    # impossible values
+    ("--config.train.num_steps=0", "train.num_steps=0", "at least 1"),
+    ("--config.seed=-1", "seed=-1", "at least 0"),
+    ("--config.name=", "name=''", "not empty"),
+    ("--config.optimizer.learning_rate=-0.1", "optimizer.learning_rate=-0.1", "greater than 0"),
+    ("--config.optimizer.b2=1", "optimizer.b2=1.0", "less than 1"),
+    ("--config.train.remat=half", "train.remat='half'", "one of none, dots, full"),
+    ("--config.train.compute_dtype=float16", "train.compute_dtype='float16'", "bfloat16"),
+    ("--config.data.soft_tokens_per_image=100", "data.soft_tokens_per_image=100", "70, 140, 280, 560, 1120"),
+    # impossible combinations
+    ("--config.model.text.num_heads=3", "model.text.num_kv_heads=2", "a divisor of num_heads=3"),
+    ("--config.model.text.num_layers=5", "model.text.num_layers=5", "whole periods"),
+    ("--config.data.soft_tokens_per_image=560", "data.seq_len=512", "at least 564"),
+    ("--config.data.seq_len=4096", "data.seq_len=4096", "model.text.max_positions=2048"),
+    ("--config.data.patches_per_row=100", "data.patches_per_row=100", "at least 280"),
+    ("--config.data.patches_per_row=1681", "data.patches_per_row=1681", "a multiple of 4"),
+    ("--config.model.vision.num_positions=100", "model.vision.num_positions=100", "140 patches long"),
+    ("--config.train.loss_chunk=100", "train.loss_chunk=100", "a divisor of data.seq_len"),
+    ("--config.train.grad_accum_steps=3", "train.grad_accum_steps=3", "a divisor of data.batch_size"),
+    ("--config.optimizer.warmup_steps=1000000", "optimizer.warmup_steps=1000000", "less than train.num_steps"),
+    (
+        "--config.optimizer.learning_rate_scale={'vision':0.,'embedding':0.,'decoder':0.}",
+        "learning_rate_scale",
+        "above 0",
+    ),
+    # the eight devices of these tests
+    ("--config.mesh.data=3", "mesh (data=3", "8 devices"),
+    ("--config.mesh.fsdp=3", "mesh (data=-1, fsdp=3", "8 devices"),
+    ("--config.mesh.tensor=-1", "mesh has 2 axes of -1", "at most one"),
+    ("--config.mesh.data=0", "mesh.data=0", "at least 1, or -1"),
+    ("--config.data.batch_size=12", "data.batch_size=12", "a multiple of 8"),
+    ("--config.train.grad_accum_steps=2", "data.batch_size=8", "a multiple of 16"),
+]
+
+
+@pytest.mark.parametrize(("override", "names", "says"), MISTAKES)
+def test_override(override, names, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status = cli.main(["train", "--config=base", override])
+    assert_one_sentence(capsys.readouterr(), status, names, says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_one_sentence(captured, status, *parts):
+    assert status == 2
+    assert captured.out == ""
+    message = captured.err
+    assert message.startswith("gemma4: ")
+    assert message.count("\n") == 1
+    assert message.endswith(".\n")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train"], ["--config is needed", "quickstart"]),
+        (["train", "--config"], ["--config is needed"]),
+        (["train", "--config=quikstart"], ["--config=quikstart", "the nearest is quickstart"]),
+        (["train", "--config=missing.py"], ["missing.py", "no such file"]),
+        (["preview", "--config=missing.py"], ["missing.py", "no such file"]),
+        (["preview", "--config=base", "--uot=page.html"], ["--uot=page.html", "nearest is --out"]),
+        (["trian"], ["'trian'", "train, preview, export"]),
+        (["export"], ["RUN_DIR and OUT_DIR", "nothing"]),
+        (["export", "a", "b", "c"], ["RUN_DIR and OUT_DIR", "a b c"]),
+        (["export", "--run=a", "b"], ["RUN_DIR and OUT_DIR", "--run=a b"]),
+    ],
+)
+def test_command(arguments, parts, capsys):
+    status = cli.main(arguments)
+    assert_one_sentence(capsys.readouterr(), status, *parts)
+
+
+FROM_BASE = "from gemma4_jax.configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("def get_config(:\n", ["line 1", "SyntaxError"]),
+        ("import nothing_of_this_name\n", ["line 1", "ModuleNotFoundError", "nothing_of_this_name"]),
+        ("\n\ndef get_config():\n    return 1 / 0\n", ["line 4", "ZeroDivisionError"]),
+        ("x = 3\n", ["must define a function get_config()"]),
+        ("def get_config():\n    return {}\n", ["ConfigDict"]),
+        (FROM_BASE + "    config.train.num_step = 5\n    return config\n", ["line 6", "num_step", "train.num_steps"]),
+        (FROM_BASE + "    config.train.num_steps = 'x'\n    return config\n", ["line 6", "TypeError", "num_steps"]),
+        (FROM_BASE + "    config.train.num_steps = -5\n    return config\n", ["train.num_steps=-5", "at least 1"]),
+        (
+            FROM_BASE + "    with config.unlocked():\n        config.train.stepz = 5\n    return config\n",
+            ["train.stepz=5", "no such field"],
+        ),
+        (FROM_BASE + "    with config.unlocked():\n        del config.seed\n    return config\n", ["seed is missing"]),
+        (
+            "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({'steps': 5})\n",
+            ["steps=5", "nearest is"],
+        ),
+        ("\x00\xff", ["SyntaxError"]),
+    ],
+)
+def test_config_file(source, parts, capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(source, encoding="latin-1")
+    status = cli.main(["train", f"--config={path}"])
+    assert_one_sentence(capsys.readouterr(), status, *parts)
+
+
+def test_a_folder_is_not_a_config(capsys, tmp_path):
+    (tmp_path / "folder.py").mkdir()
+    status = cli.main(["train", f"--config={tmp_path}/folder.py"])
+    assert_one_sentence(capsys.readouterr(), status, "folder.py", "is a directory")

@@ -1,0 +1,85 @@
+"""The commands: what they print, and that they hand over to the rooms below."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from gemma4_jax.launch import cli, run_config
+
+
+def test_help_lists_every_command(capsys):
+    for arguments in ([], ["--help"], ["-h"], ["help"]):
+        assert cli.main(arguments) == 0
+        text = capsys.readouterr().out
+        assert all(f"gemma4 {command}" in text for command in cli.COMMANDS)
+        assert len(text.splitlines()) <= 12
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command_is_short(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"gemma4 {command} ")
+    assert len(text.splitlines()) <= 25
+    if "--config" in text:
+        assert all(f"  {name} " in text for name in run_config.shipped())
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.count(".") == 2
+
+
+def test_train_hands_over_the_config_and_then_exports(monkeypatch, tmp_path):
+    calls = []
+    stand_in(monkeypatch, "gemma4_jax.train.loop", train=lambda config, _: calls.append(config.train.num_steps))
+    stand_in(monkeypatch, "gemma4_jax.hf.save", export=lambda *arguments: calls.append(tuple(map(Path, arguments))))
+    base = ["train", "--config=base", "--config.train.num_steps=77", f"--config.run_dir={tmp_path}"]
+
+    assert cli.main(base) == 0
+    assert calls == [77, (tmp_path, tmp_path / "export")]
+
+    calls.clear()
+    assert cli.main([*base, "--config.export.dir=elsewhere"]) == 0
+    assert calls == [77, (tmp_path, Path("elsewhere"))]
+
+    calls.clear()
+    assert cli.main([*base, "--config.export.at_end=false"]) == 0
+    assert calls == [77]
+
+
+def stand_in(monkeypatch, name, **functions):
+    module = types.ModuleType(name)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_export_hands_over_its_two_folders(monkeypatch):
+    calls = []
+    stand_in(monkeypatch, "gemma4_jax.hf.save", export=lambda *arguments: calls.append(arguments))
+    assert cli.main(["export", "run", "out"]) == 0
+    assert calls == [("run", "out")]
+
+
+def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupt(config, model_config):
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, "gemma4_jax.train.loop", train=interrupt)
+    assert cli.main(["train", "--config=base"]) == 130
+    assert capsys.readouterr().err == "gemma4: interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [[str(Path(sys.executable).parent / "gemma4"), "train"], [sys.executable, "-m", "gemma4_jax.launch.train"]],
+)
+def test_console_script_and_module_are_the_same(program):
+    finished = subprocess.run(
+        [*program, "--config=quickstart", "--config.seed=-1"], capture_output=True, text=True, check=False
+    )
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == "gemma4: seed=-1 is not possible: it must be at least 0.\n"

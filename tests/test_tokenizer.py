@@ -1,0 +1,105 @@
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from gemma4_jax import sizes
+from gemma4_jax.errors import InputError
+from gemma4_jax.tokenizer import ROLES, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load("bundled")
+
+
+TEXTS = [
+    "",
+    "read: 4071\n",
+    "def f(self, x):\n    return 1234  # twelve\n\n\n",
+    "  two leading spaces, two trailing  ",
+    "tabs\tand\r\nreturns\x00\x7f",
+    "héllo wörld 你好 🎉 \u00a0",
+    "<eos><bos><|image|> <pad><0x41>",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_reads_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_any_characters_read_back(tokenizer):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        points = [int(point) for point in rng.integers(0, 0x3000, 40) if point != 0x2581]
+        text = "".join(map(chr, points))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_every_digit_is_one_token(tokenizer):
+    assert [tokenizer.token(token_id) for token_id in tokenizer.encode("0123456789")] == list("0123456789")
+    assert len(tokenizer.encode("x = 12345")) == len(tokenizer.encode("x = ")) + 5
+
+
+def test_roles_are_those_of_the_quickstart_model(tokenizer):
+    assert tokenizer.tokens == sizes.BUNDLED_TOKENS == sizes.quickstart().tokens
+    assert tokenizer.vocab_size == sizes.quickstart().text.vocab_size
+
+
+def test_names_of_special_tokens_in_text_are_only_text(tokenizer):
+    special = set(vars(tokenizer.tokens).values())
+    assert special.isdisjoint(tokenizer.encode("".join(ROLES.values())))
+
+
+def test_it_survives_the_way_to_a_worker_process(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    for text in TEXTS:
+        assert copy.encode(text) == tokenizer.encode(text)
+
+
+def test_a_folder_that_holds_it_will_do(tokenizer, tmp_path):
+    shutil.copy(tokenizer.path, tmp_path / "tokenizer.json")
+    assert Tokenizer.load(str(tmp_path)).encode("abc") == tokenizer.encode("abc")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": {"type": "BPE"}}'])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"cannot be read as a tokenizer\.json"):
+        Tokenizer.load(str(path))
+
+
+def test_a_missing_file_is_refused():
+    with pytest.raises(InputError, match="nowhere"):
+        Tokenizer.load("/nowhere/tokenizer.json")
+
+
+def test_a_tokenizer_without_the_special_tokens_is_refused(tokenizer, tmp_path):
+    content = tokenizer.path.read_text("utf-8").replace("<|image|>", "<|picture|>")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content, "utf-8")
+    with pytest.raises(InputError, match=r"lacks the special tokens <\|image\|>"):
+        Tokenizer.load(str(path))
+
+
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "GemmaTokenizer"])
+def test_transformers_gives_the_same_ids(tokenizer, tmp_path, tokenizer_class):
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(tokenizer.path, tmp_path / "tokenizer.json")
+    roles = {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class, **roles}))
+    theirs = getattr(transformers, tokenizer_class).from_pretrained(tmp_path)
+    for text in TEXTS[:-1]:
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        assert theirs.encode(text) == [tokenizer.tokens.bos, *tokenizer.encode(text)]
+    assert theirs.encode("<|image|>", add_special_tokens=False) == [tokenizer.tokens.image]

@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from gemma4_jax.train.metrics import Meter, MetricsLog, Terminal, read_records
+from gemma4_jax.train.step import StepMetrics
+
+
+def step_metrics(loss: float, *, is_finite: bool = True) -> StepMetrics:
+    values = {"load_balance_loss": 1.0, "grad_norm": 2.0, "param_norm": 3.0, "learning_rate": 0.1}
+    return StepMetrics(
+        loss=jnp.float32(loss),
+        **{name: jnp.float32(value) for name, value in values.items()},
+        tokens=jnp.int32(60),
+        images=jnp.int32(3),
+        expert_load=jnp.array([[0.25, 0.75]]),
+        is_finite=jnp.array(is_finite),
+    )
+
+
+def test_meter_gathers_steps_into_records():
+    meter = Meter(every_steps=2, last_step=5, slots=80)
+    records = []
+    for step in range(1, 6):
+        records += meter.add(step, step_metrics(float(step)), data_wait=0.5)
+    assert len(records) == 2  # the last step is still at work
+    records += meter.drain()
+    assert [(r["step"], r["steps"], r["loss"]) for r in records] == [(2, 2, 1.5), (4, 2, 3.5), (5, 1, 5.0)]
+    first = records[0]
+    assert (first["tokens"], first["images"], first["padding_share"]) == (120, 6, 0.25)
+    assert first["data_wait_seconds"] == 1.0
+    assert first["expert_load"] == [[0.25, 0.75]]
+    np.testing.assert_allclose(first["tokens_per_second"], 120 / first["seconds"])
+
+
+def test_a_step_that_is_not_a_number_is_told_at_once():
+    meter = Meter(every_steps=100, last_step=1000, slots=80)
+    meter.add(1, step_metrics(1.0), data_wait=0.0)
+    meter.add(2, step_metrics(float("nan"), is_finite=False), data_wait=0.0)
+    (record,) = meter.drain()
+    assert record["step"] == 2
+    assert np.isnan(record["loss"])
+
+
+def test_log_is_one_line_per_step_across_a_crash(tmp_path: Path):
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    for step in range(1, 6):
+        log.write({"step": step, "loss": 1.0 / step})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "lo')  # killed while writing
+    log = MetricsLog(tmp_path, 3, tensorboard=False)
+    log.write({"step": 4, "loss": float("nan")})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert read_records(path)[-1]["loss"] is None
+    log.close()
+
+
+def test_tensorboard_files(tmp_path: Path):
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log.write({"step": 1, "steps": 1, "loss": 1.5, "expert_load": [[0.5, 0.5]]})
+    log.write({"step": 1, "eval_loss": 2.5})
+    log.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    for tag in (b"train/loss", b"train/expert_load_max", b"eval/loss"):
+        assert tag in content
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    record = {"step": 10, "steps": 10, "loss": 1.25, "seconds": 5.0, "tokens_per_second": 2000, "images_per_second": 8}
+    with Terminal(100, 0, is_shown=True) as terminal:
+        terminal.show(record)
+        terminal.say("saved")
+    assert capsys.readouterr().out == "step 10/100  loss 1.2500  2,000 tokens/s  8.0 images/s  eta 0:45\nsaved\n"
+    with Terminal(100, 0, is_shown=False) as terminal:
+        terminal.show(record)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,97 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from gemma4_jax.data.pipeline import make_train_iterator
+from gemma4_jax.launch.run_config import model_config
+from gemma4_jax.sharding import batch_sharding, make_mesh
+from gemma4_jax.tokenizer import Tokenizer
+from gemma4_jax.train.optimizer import group_of
+from gemma4_jax.train.state import abstract_state, create_state
+from gemma4_jax.train.step import make_train_step
+
+
+class Session:
+    """A state, a step and batches, on one device or with everything spread over some."""
+
+    def __init__(self, config, num_devices=1):
+        model = model_config(config)
+        self.mesh = make_mesh({"fsdp": num_devices}, jax.devices()[:num_devices])
+        self.iterator = make_train_iterator(config, model, Tokenizer.load("bundled"))
+        with jax.set_mesh(self.mesh):
+            graphdef, abstract = abstract_state(model, config, self.mesh)
+            self.state = create_state(abstract, model, config)
+            self.step = make_train_step(graphdef, abstract, config, self.mesh)
+
+    def run(self, state, batch):
+        with jax.set_mesh(self.mesh):
+            # The step donates its state; tests look at it afterwards.
+            return self.step(jax.tree.map(lambda x: x.copy(), state), jax.device_put(batch, batch_sharding(self.mesh)))
+
+
+def arrays(state: nnx.State) -> dict[tuple, np.ndarray]:
+    return {path: np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_are_those_of_the_whole_batch(shallow_config):
+    shallow_config.train.load_balance_weight = 0.0  # not a sum over rows
+    shallow_config.optimizer.clip_norm = 1e9
+    whole = Session(shallow_config)
+    batch = next(whole.iterator)
+    # Pieces of very different loss weight: a mean of the pieces' means would differ.
+    weights = batch.loss_weights * np.where(np.arange(len(batch.tokens)) % 2, 1.0, 0.05)[:, None].astype(np.float32)
+    batch = dataclasses.replace(batch, loss_weights=weights)
+    one, one_metrics = whole.run(whole.state, batch)
+    shallow_config.train.grad_accum_steps = 4
+    pieces = Session(shallow_config, num_devices=2)
+    four, four_metrics = pieces.run(pieces.state, batch)
+    np.testing.assert_allclose(four_metrics.loss, one_metrics.loss, rtol=1e-5)
+    np.testing.assert_allclose(four_metrics.grad_norm, one_metrics.grad_norm, rtol=1e-4)
+    assert int(four_metrics.tokens) == int(one_metrics.tokens)
+    expected = arrays(one.opt_state[1].mu)
+    for path, moment in arrays(four.opt_state[1].mu).items():
+        # float32 sums in another order: the largest measured error is 9e-7 of the largest entry.
+        scale = np.abs(expected[path]).max()
+        np.testing.assert_allclose(moment, expected[path], atol=9e-6 * scale, rtol=0, err_msg=str(path))
+
+
+@pytest.mark.slow
+def test_frozen_group_stays_bit_identical_and_the_rest_learns(shallow_config):
+    shallow_config.optimizer.learning_rate_scale.vision = 0.0
+    session = Session(shallow_config)
+    before, state, losses = arrays(session.state.params), session.state, []
+    batch = next(session.iterator)
+    for _ in range(3):
+        state, metrics = session.run(state, batch)
+        losses.append(float(metrics.loss))
+    after = arrays(state.params)
+    for path in before:
+        is_same = np.array_equal(before[path], after[path])
+        assert is_same == (group_of(path) == "vision"), path
+    assert losses[-1] < losses[0]
+    frozen_names = {path[0] for path in arrays(state.opt_state[1].mu)}
+    assert not frozen_names & {"vision", "image_projection"}
+
+
+@pytest.mark.slow
+def test_metrics_count_the_batch_and_flag_what_is_not_a_number(shallow_config):
+    session = Session(shallow_config)
+    batch = next(session.iterator)
+    state, metrics = session.run(session.state, batch)
+    assert int(state.step) == 1
+    assert int(metrics.tokens) == np.sum(batch.segment_ids > 0)
+    assert int(metrics.images) == sum(len(set(row[row > 0])) for row in batch.patch_image_ids)
+    assert metrics.expert_load.shape == (2, 4)
+    np.testing.assert_allclose(metrics.expert_load.sum(axis=-1), 1.0, rtol=1e-5)
+    assert bool(metrics.is_finite)
+    empty = dataclasses.replace(batch, loss_weights=np.zeros_like(batch.loss_weights))
+    _, metrics = session.run(session.state, empty)
+    assert bool(metrics.is_finite)
+    assert float(metrics.loss) == 0.0
+    broken = jax.tree.map(lambda x: x * np.nan, session.state.params)
+    _, metrics = session.run(dataclasses.replace(session.state, params=broken), batch)
+    assert not bool(metrics.is_finite)

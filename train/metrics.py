@@ -1,0 +1,227 @@
+"""What a run tells while it goes on: metrics.jsonl always, TensorBoard if asked, and the terminal.
+
+metrics.jsonl holds one JSON object per line: at every logged step one of training, and at every evaluation one whose
+fields begin with "eval_". A resumed run drops the lines after the step it goes on from, so no step is told twice.
+"""
+
+import collections
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from gemma4_jax.train.run_dir import write_atomically
+from gemma4_jax.train.step import StepMetrics
+
+MAX_UNFINISHED_STEPS = 2
+"""Steps handed to the devices and not yet finished, at most: the next waits ready while one is worked on."""
+
+
+class Meter:
+    """Times steps and gathers their metrics without holding up the devices.
+
+    Steps are handed over one ahead, so a step's metrics are read when the next is already at work. A step is counted
+    from the end of the one before it to its own end.
+
+    Args:
+      every_steps: steps to a record; the last step completes one too.
+      last_step: of the run.
+      slots: tokens that a batch has room for.
+    """
+
+    def __init__(self, every_steps: int, last_step: int, slots: int) -> None:
+        self._every_steps = every_steps
+        self._last_step = last_step
+        self._slots = slots
+        # Any: the type of jax arrays does not declare is_ready.
+        self._unfinished: collections.deque[tuple[int, Any, float]] = collections.deque()
+        self._finished: list[tuple[StepMetrics, float, float]] = []
+        self._mark = time.perf_counter()
+
+    def is_idle(self) -> bool:
+        """Whether the devices have finished every step that they were handed."""
+        return not self._unfinished or self._unfinished[-1][1].loss.is_ready()
+
+    def add(self, step: int, metrics: StepMetrics, data_wait: float) -> list[dict[str, Any]]:
+        """Notes a step that was handed to the devices, and waits until few enough are unfinished.
+
+        Args:
+          step: its number, from 1.
+          metrics: on the devices.
+          data_wait: seconds that the devices stood idle for want of its batch.
+        Returns:
+          Records that are complete now.
+        """
+        self._unfinished.append((step, metrics, data_wait))
+        return self._finish(until=MAX_UNFINISHED_STEPS - 1)
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Waits for every step; returns the records that are complete now. Time until `restart` is not counted."""
+        return self._finish(until=0)
+
+    def restart(self) -> None:
+        """Counts time from now on, after something that was not training."""
+        self._mark = time.perf_counter()
+
+    def _finish(self, until: int) -> list[dict[str, Any]]:
+        records = []
+        while len(self._unfinished) > until:
+            step, metrics, data_wait = self._unfinished.popleft()
+            metrics = jax.device_get(metrics)
+            now = time.perf_counter()
+            self._finished.append((metrics, now - self._mark, data_wait))
+            self._mark = now
+            if step % self._every_steps == 0 or step == self._last_step or not metrics.is_finite:
+                records.append(self._record(step))
+                self._finished = []
+        return records
+
+    def _record(self, step: int) -> dict[str, Any]:
+        metrics = [metrics for metrics, _, _ in self._finished]
+        seconds = [seconds for _, seconds, _ in self._finished]
+        tokens = sum(int(m.tokens) for m in metrics)
+        images = sum(int(m.images) for m in metrics)
+        record: dict[str, Any] = {"step": step, "steps": len(metrics)}
+        for name in ("loss", "load_balance_loss", "grad_norm", "param_norm"):
+            record[name] = float(np.mean([getattr(m, name) for m in metrics]))
+        record |= {
+            "learning_rate": float(metrics[-1].learning_rate),
+            "tokens": tokens,
+            "images": images,
+            "padding_share": 1 - tokens / (len(metrics) * self._slots),
+            "seconds": sum(seconds),
+            "step_seconds": statistics.median(seconds),
+            "data_wait_seconds": sum(wait for _, _, wait in self._finished),
+            "tokens_per_second": tokens / sum(seconds),
+            "images_per_second": images / sum(seconds),
+        }
+        if loads := [m.expert_load for m in metrics if m.expert_load is not None]:
+            record["expert_load"] = np.mean(loads, axis=0, dtype=np.float64).round(5).tolist()
+        return record
+
+
+class MetricsLog:
+    """Writes records to metrics.jsonl and to TensorBoard.
+
+    Args:
+      run_dir: of the run.
+      step: that the run goes on from; later records of an earlier start are dropped.
+      tensorboard: whether to write event files too.
+    """
+
+    def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
+        path = run_dir / "metrics.jsonl"
+        kept = [record for record in read_records(path) if record["step"] <= step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds one record, at once."""
+        finite = {name: None if _is_not_a_number(value) else value for name, value in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._writer is None:
+            return
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in ("step", "steps"):
+                group = "eval" if name.startswith("eval_") else "train"
+                self._writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, record["step"])
+        if "expert_load" in record:
+            load = np.array(record["expert_load"])
+            self._writer.add_scalar("train/expert_load_max", float(load.max() * load.shape[-1]), record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _is_not_a_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
+
+
+class _Rest(ProgressColumn):
+    """Time left, from the step time of the latest record."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"eta {task.fields['eta']}", style="progress.remaining")
+
+
+class Terminal:
+    """A progress bar on a terminal; plain lines everywhere else. A context manager.
+
+    Args:
+      num_steps: of the whole run.
+      step: that the run goes on from.
+      is_shown: False on all but one of the processes of a run.
+    """
+
+    def __init__(self, num_steps: int, step: int, *, is_shown: bool) -> None:
+        self._num_steps = num_steps
+        self._is_shown = is_shown
+        self._bar: Progress | None = None
+        if is_shown and sys.stdout.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), _Rest())
+            self._bar = Progress(*columns)
+            self._task = self._bar.add_task("", total=num_steps, completed=step, eta="-")
+
+    def __enter__(self) -> "Terminal":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Shows a training record."""
+        eta = _clock((self._num_steps - record["step"]) * record["seconds"] / record["steps"])
+        numbers = (
+            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
+            f"{record['images_per_second']:,.1f} images/s"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], description=numbers, eta=eta)
+        elif self._is_shown:
+            print(f"step {record['step']}/{self._num_steps}  {numbers}  eta {eta}", flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif self._is_shown:
+            print(text, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
