@@ -127,7 +127,7 @@ class GatedMLP(nnx.Module):
 
 def stack_modules(build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, count: int) -> nnx.Module:
     """`count` modules of one shape as one module whose arrays have a leading "layers" axis, for `jax.lax.scan`."""
-    return nnx.vmap(build)(rngs.fork(split=count))
+    return nnx.vmap(lambda key: build(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), count))
 
 
 REMAT_POLICIES = {

@@ -1,6 +1,6 @@
 """Attention over packed rows: who may see whom, and the plain computation of it."""
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,9 @@ from gemma4_jax.ops.gather import invert_rows, move_rows
 _MASKED = -1e30
 
 
-class Sites(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sites:
     """Where tokens stand, as far as attention masks care.
 
     Attributes:

@@ -91,10 +91,9 @@ def apply_experts(
         out = local(flat, choices.reshape(-1, num_choices), weights.reshape(-1, num_choices), gate_up, down)
         return out.reshape(x.shape)
 
-    def on_shard(x: jax.Array, choices: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        x, choices, weights = (
-            jax.lax.all_gather(value, "expert", axis=0, tiled=True) for value in (x, choices, weights)
-        )
+    def on_shard(*args: jax.Array) -> jax.Array:
+        x, choices, weights = (jax.lax.all_gather(tokens, "expert", axis=0, tiled=True) for tokens in args[:3])
+        gate_up, down = args[3:]
         first = jax.lax.axis_index("expert") * gate_up.shape[0]
         out = on_rows(x, choices - first, weights, gate_up, down)
         out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gemma4_jax.config import TextConfig
@@ -55,7 +56,7 @@ def view_tokens(config: TextConfig, positions: jax.Array, queries: Sites, keys: 
       keys: sites of the S keys: the tokens themselves, or the places of a key-value cache.
     """
 
-    def layer_view(frequencies: jax.Array, window: int | None, bidirectional: bool) -> LayerView:
+    def layer_view(frequencies: np.ndarray, window: int | None, bidirectional: bool) -> LayerView:
         mask = visible(queries, keys, window=window, image_blocks_bidirectional=bidirectional)
         return LayerView(rotary_angles(positions, frequencies), mask)
 
@@ -82,9 +83,7 @@ class Attention(nnx.Module):
       shares_kv: has no K and V of its own; uses those it is given.
     """
 
-    def __init__(
-        self, rngs: nnx.Rngs, config: TextConfig, *, is_global: bool, shares_kv: bool, param_dtype: jnp.dtype
-    ):
+    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, is_global: bool, shares_kv: bool, param_dtype: jnp.dtype):
         self.is_global = is_global
         self.shares_kv = shares_kv
         self.eps = config.norm_eps

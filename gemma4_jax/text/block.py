@@ -30,9 +30,7 @@ class PerLayerInput(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention, MLP (with experts beside it where the config says so), per-layer embedding, layer scalar."""
 
-    def __init__(
-        self, rngs: nnx.Rngs, config: TextConfig, *, is_global: bool, shares_kv: bool, param_dtype: jnp.dtype
-    ):
+    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, is_global: bool, shares_kv: bool, param_dtype: jnp.dtype):
         def norm() -> RMSNorm:
             return RMSNorm({"norm": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
 
@@ -97,9 +95,7 @@ class Block(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, shares_kv: bool, param_dtype: jnp.dtype):
         self.layers = nnx.List(
-            DecoderLayer(
-                rngs, config, is_global=config.is_global(layer), shares_kv=shares_kv, param_dtype=param_dtype
-            )
+            DecoderLayer(rngs, config, is_global=config.is_global(layer), shares_kv=shares_kv, param_dtype=param_dtype)
             for layer in range(config.attention_period)
         )
 

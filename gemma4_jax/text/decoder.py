@@ -30,9 +30,7 @@ class Decoder(nnx.Module):
             return Block(rngs, config, shares_kv=shares_kv, param_dtype=param_dtype)
 
         self.own = stack_modules(partial(build, shares_kv=False), rngs, self.num_own)
-        self.shared = (
-            stack_modules(partial(build, shares_kv=True), rngs, self.num_shared) if self.num_shared else None
-        )
+        self.shared = stack_modules(partial(build, shares_kv=True), rngs, self.num_shared) if self.num_shared else None
         self.final_norm = RMSNorm({"norm": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
 
     def __call__(
@@ -68,7 +66,7 @@ class Decoder(nnx.Module):
 
     def _run_own(
         self, x: jax.Array, inputs: jax.Array | None, view: AttentionView, cache: Cache | None
-    ) -> tuple[jax.Array, SharedKeyValues | None, Any, Cache | None]:
+    ) -> tuple[jax.Array, SharedKeyValues | None, RouterStats | None, Cache | None]:
         graphdef, state = nnx.split(self.own)
 
         def block(x: jax.Array, state: nnx.State, inputs: jax.Array | None, cache: Cache | None) -> Any:
@@ -85,8 +83,9 @@ class Decoder(nnx.Module):
         first = jax.tree.map(lambda leaf: leaf[0], (state, inputs, cache))
         kinds = jax.eval_shape(lambda: self._last_of_each_kind(block(x, *first)[1]))
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), kinds)
-        (x, shared), (stats, cache) = jax.lax.scan(step, (x, nothing), (state, inputs, cache))
-        return x, shared, stats, cache
+        outputs: tuple[RouterStats | None, Cache | None]
+        (x, shared), outputs = jax.lax.scan(step, (x, nothing), (state, inputs, cache))
+        return x, shared, *outputs
 
     def _last_of_each_kind(self, key_values: tuple[KeyValues, ...]) -> SharedKeyValues | None:
         if self.shared is None:
@@ -96,6 +95,7 @@ class Decoder(nnx.Module):
     def _run_shared(
         self, x: jax.Array, inputs: jax.Array | None, view: AttentionView, shared: SharedKeyValues | None
     ) -> tuple[jax.Array, Any]:
+        assert self.shared is not None
         graphdef, state = nnx.split(self.shared)
 
         def block(x: jax.Array, state: nnx.State, inputs: jax.Array | None, shared: SharedKeyValues | None) -> Any:
