@@ -1,7 +1,8 @@
 """gemma4 export RUN_DIR OUT_DIR
 
 Writes the last checkpoint of a run as Hugging Face-format safetensors, with config.json, tokenizer and processor
-files. OUT_DIR must not exist yet; transformers loads it with its stock Gemma 4 classes.
+files. transformers loads OUT_DIR with its stock Gemma 4 classes. An earlier export there is replaced; a folder of
+anything else is left alone.
 
   gemma4 export runs/quickstart exported
 """
@@ -22,11 +23,11 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
         raise InputError(f"export takes RUN_DIR and OUT_DIR, and was given {' '.join(arguments) or 'nothing'}.")
 
-    from gemma4_jax.hf.save import export
+    from gemma4_jax.hf.save import export_run
 
     run_dir, out_dir = arguments
-    export(run_dir, out_dir)
-    print(f"wrote {out_dir}")
+    if export_run(run_dir, out_dir):
+        print(f"wrote {out_dir}")
 
 
 def help_text() -> str:

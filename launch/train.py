@@ -1,7 +1,8 @@
 """gemma4 train --config=FILE_OR_NAME [--config.FIELD=VALUE ...]
 
 Trains the run that a config describes, in its run_dir: checkpoints, metrics.jsonl, report.html, summary.json and, at
-the end, an export. A run that was stopped goes on from its last checkpoint when the same command is given again.
+the end, an export. A run that was stopped goes on from its last checkpoint when the same command is given again; a
+finished one is left as it is, and its export too.
 
   gemma4 train --config=quickstart
   gemma4 train --config=quickstart --config.train.num_steps=500 --config.run_dir=runs/short
@@ -36,9 +37,11 @@ def main(arguments: Sequence[str]) -> None:
 
     train(config, model_config)
     if config.export.at_end:
-        from gemma4_jax.hf.save import export
+        from gemma4_jax.hf.save import export_run
 
-        export(config.run_dir, config.export.dir or Path(config.run_dir) / "export")
+        out_dir = config.export.dir or Path(config.run_dir) / "export"
+        if export_run(config.run_dir, out_dir, keeps_newer=True):
+            print(f"wrote {out_dir}")
 
 
 def help_text() -> str:

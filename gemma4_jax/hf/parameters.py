@@ -50,6 +50,9 @@ class CheckpointParameters:
 
     Args of the constructor:
       run_dir: of the run.
+
+    Attributes:
+      folder: of the checkpoint's model.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -57,15 +60,15 @@ class CheckpointParameters:
         steps = ocp.utils.checkpoint_steps(checkpoints) if checkpoints.is_dir() else []
         if not steps:
             raise InputError(f"{run_dir} holds no checkpoint: train it first.")
-        self._folder = (checkpoints / str(max(steps)) / "model").absolute()
+        self.folder = (checkpoints / str(max(steps)) / "model").absolute()
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
-                metadata = checkpointer.metadata(self._folder).item_metadata
+                metadata = checkpointer.metadata(self.folder).item_metadata
         except Exception as error:  # a damaged checkpoint meets the library with exceptions of every kind
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"checkpoint {self._folder.parent} cannot be read: {reason}.") from error
+            raise InputError(f"checkpoint {self.folder.parent} cannot be read: {reason}.") from error
         if metadata is None:
-            raise InputError(f"checkpoint {self._folder.parent} cannot be read: its list of arrays is missing.")
+            raise InputError(f"checkpoint {self.folder.parent} cannot be read: its list of arrays is missing.")
         self._leaves: dict[str, Any] = flatten_paths(metadata.tree)
         self.shapes: Mapping[str, tuple[int, ...]] = {path: leaf.shape for path, leaf in self._leaves.items()}
         self._held: tuple[str, int, np.ndarray] | None = None
@@ -77,7 +80,7 @@ class CheckpointParameters:
         start = row // rows * rows
         if self._held is None or self._held[:2] != (path, start):
             self._held = None  # before the next one is there
-            kvstore = {"driver": "ocdbt", "base": f"file://{self._folder}/", "path": f"{path}/"}
+            kvstore = {"driver": "ocdbt", "base": f"file://{self.folder}/", "path": f"{path}/"}
             array = tensorstore.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
             piece = array[start : start + rows] if chunk else array
             self._held = path, start, piece.read().result()

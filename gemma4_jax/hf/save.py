@@ -45,7 +45,7 @@ _OUR_FILES = re.compile(
 )
 
 
-def export_run(run_dir: str | Path, out_dir: str | Path, *, dtype: str = "float32") -> None:
+def export_run(run_dir: str | Path, out_dir: str | Path, *, dtype: str = "float32", keeps_newer: bool = False) -> bool:
     """Exports the last checkpoint of a run, without ever holding more of it than one piece of an array.
 
     With many processes the first does it, and the others wait.
@@ -54,23 +54,38 @@ def export_run(run_dir: str | Path, out_dir: str | Path, *, dtype: str = "float3
       run_dir: of the run.
       out_dir: the folder to make; an earlier export in its place is replaced.
       dtype: of the stored tensors, "float32" or "bfloat16".
+      keeps_newer: an export in its place that is newer than the checkpoint stays.
+    Returns:
+      Whether this process wrote an export.
     Raises:
       InputError: there is no such run, or the folder cannot be made.
     """
-    run_dir = Path(run_dir)
+    run_dir, out_dir, is_written = Path(run_dir), Path(out_dir), False
     if jax.process_index() == 0:
         config = _run_config(run_dir)
-        carried = run_dir / CARRIED
-        _export(
-            CheckpointParameters(run_dir),
-            _architecture(config["model"]),
-            Path(out_dir),
-            tokenizer=Tokenizer.load(config["tokenizer"]),
-            max_soft_tokens=config["data"]["soft_tokens_per_image"],
-            dtype=dtype,
-            carried=carried if carried.exists() else None,
-        )
+        parameters = CheckpointParameters(run_dir)
+        if not (keeps_newer and _is_newer(out_dir, parameters.folder)):
+            carried = run_dir / CARRIED
+            _export(
+                parameters,
+                _architecture(config["model"]),
+                out_dir,
+                tokenizer=Tokenizer.load(config["tokenizer"]),
+                max_soft_tokens=config["data"]["soft_tokens_per_image"],
+                dtype=dtype,
+                carried=carried if carried.exists() else None,
+            )
+            is_written = True
     _wait_for_all_processes()
+    return is_written
+
+
+def _is_newer(out_dir: Path, checkpoint: Path) -> bool:
+    """Whether a whole export is there, made after the checkpoint; as it appears at once, its config.json tells."""
+    config = out_dir / "config.json"
+    if not config.exists() or _foreign_files(out_dir):
+        return False
+    return config.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns
 
 
 def export_state(
@@ -270,15 +285,18 @@ def _check_destination(out_dir: Path) -> None:
         return
     if not out_dir.is_dir():
         raise InputError(f"{out_dir} is a file: an export is a folder.")
-    names = [path.name for path in out_dir.iterdir()]
-    foreign = [name for name in names if not _OUR_FILES.fullmatch(name)]
-    if not foreign:
-        weights = [name for name in names if name.endswith(".safetensors")]
-        foreign = [name for name in weights if TensorFile(out_dir / name).metadata != PRODUCER]
-        foreign += [] if weights else names
-    if foreign:
+    if foreign := _foreign_files(out_dir):
         listed = ", ".join(sorted(foreign)[:5])
         raise InputError(f"{out_dir} holds what is not an export of this package ({listed}): give another folder.")
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Names of files that no export of this package has; without our weights, every name."""
+    names = [path.name for path in folder.iterdir()]
+    if foreign := [name for name in names if not _OUR_FILES.fullmatch(name)]:
+        return foreign
+    weights = [name for name in names if name.endswith(".safetensors")]
+    return [name for name in weights if TensorFile(folder / name).metadata != PRODUCER] if weights else names
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:

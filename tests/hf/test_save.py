@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,6 +125,28 @@ def test_a_run_is_exported_from_its_last_checkpoint(run_dir, config, weights, tm
     processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
     image_processor = processor["image_processor"]
     assert (image_processor["max_soft_tokens"], image_processor["patch_size"]) == (140, config.vision.patch_size)
+
+
+def test_only_a_newer_export_is_kept(run_dir, tmp_path):
+    out, checkpoint = tmp_path / "out", run_dir / "checkpoints" / "10" / "model"
+    assert export_run(run_dir, out, keeps_newer=True)
+    first = (out / "config.json").stat().st_mtime_ns
+    assert not export_run(run_dir, out, keeps_newer=True)
+    assert (out / "config.json").stat().st_mtime_ns == first
+    assert export_run(run_dir, out)
+    newer = first + 10**12
+    os.utime(checkpoint, ns=(newer, newer))
+    assert export_run(run_dir, out, keeps_newer=True)
+
+
+def test_what_is_not_an_export_is_not_kept_for_one(run_dir, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"not an export of this package \(config.json\)"):
+        export_run(run_dir, out, keeps_newer=True)
+    (out / "config.json").unlink()
+    assert export_run(run_dir, out, keeps_newer=True)
 
 
 def test_a_run_is_read_in_pieces(run_dir, config):
