@@ -94,8 +94,8 @@ class TextConfig:
             "model.text.num_kv_shared_layers", shared, f"0 or {whole}, and less than num_layers={self.num_layers}",
         )  # fmt: skip
         for name in ("num_kv_heads", "num_global_kv_heads"):
-            value = getattr(self, name)
-            _require(self.num_heads % value == 0, f"model.text.{name}", value, f"a divisor of num_heads={self.num_heads}")
+            divides = self.num_heads % getattr(self, name) == 0
+            _require(divides, f"model.text.{name}", getattr(self, name), f"a divisor of num_heads={self.num_heads}")
         _require(
             self.uses_k_eq_v or self.num_global_kv_heads == self.num_kv_heads,
             "model.text.num_global_kv_heads", self.num_global_kv_heads,
@@ -109,14 +109,14 @@ class TextConfig:
             "model.text.global_rope_fraction", self.global_rope_fraction,
             f"between 0 and 1 and rotate whole pairs of global_head_dim={self.global_head_dim}",
         )  # fmt: skip
-        _require(self.per_layer_embed_dim >= 0, "model.text.per_layer_embed_dim", self.per_layer_embed_dim, "at least 0")
-        _require(self.final_logit_softcap >= 0, "model.text.final_logit_softcap", self.final_logit_softcap, "at least 0")
-        _require(self.num_experts >= 0, "model.text.num_experts", self.num_experts, "at least 0")
+        for name in ("per_layer_embed_dim", "final_logit_softcap", "num_experts"):
+            _require(getattr(self, name) >= 0, f"model.text.{name}", getattr(self, name), "at least 0")
         if self.num_experts:
             _require_positive(self, "model.text", "expert_dim")
             _require(
                 1 <= self.num_experts_per_token <= self.num_experts,
-                "model.text.num_experts_per_token", self.num_experts_per_token, f"between 1 and num_experts={self.num_experts}",
+                "model.text.num_experts_per_token", self.num_experts_per_token,
+                f"between 1 and num_experts={self.num_experts}",
             )  # fmt: skip
 
     @property
@@ -166,7 +166,8 @@ class VisionConfig:
             self, "model.vision", "embed_dim", "mlp_dim", "num_layers", "num_heads", "head_dim", "patch_size",
             "pooling_size", "num_positions", "rope_theta", "norm_eps",
         )  # fmt: skip
-        _require(self.head_dim % 4 == 0, "model.vision.head_dim", self.head_dim, "a multiple of 4, for pairs in x and in y")
+        in_pairs = "a multiple of 4, for pairs in x and in y"
+        _require(self.head_dim % 4 == 0, "model.vision.head_dim", self.head_dim, in_pairs)
 
     @property
     def patch_dim(self) -> int:

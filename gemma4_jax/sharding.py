@@ -109,8 +109,8 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
             if axis != "kv_heads":
                 name = ".".join(map(str, path))
                 raise InputError(
-                    f"mesh.{mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis!r} of {name}, which is {size}: "
-                    f"choose a divisor of {size}."
+                    f"mesh.{mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis!r} of {name}, which is "
+                    f"{size}: choose a divisor of {size}."
                 )
             axes[i] = "head_dim"
         return variable.replace(NamedSharding(mesh, partition_spec(axes)))

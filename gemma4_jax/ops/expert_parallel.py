@@ -91,9 +91,8 @@ def apply_experts(
         out = local(flat, choices.reshape(-1, num_choices), weights.reshape(-1, num_choices), gate_up, down)
         return out.reshape(x.shape)
 
-    def on_shard(*args: jax.Array) -> jax.Array:
-        x, choices, weights = (jax.lax.all_gather(tokens, "expert", axis=0, tiled=True) for tokens in args[:3])
-        gate_up, down = args[3:]
+    def on_shard(tokens: tuple[jax.Array, ...], gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        x, choices, weights = (jax.lax.all_gather(value, "expert", axis=0, tiled=True) for value in tokens)
         first = jax.lax.axis_index("expert") * gate_up.shape[0]
         out = on_rows(x, choices - first, weights, gate_up, down)
         out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
@@ -102,9 +101,9 @@ def apply_experts(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return on_rows(x, choices, weights, gate_up, down)
-    tokens = P(BATCH_AXES, "context")
+    rows = P(BATCH_AXES, "context")
     return jax.shard_map(
         on_shard,
-        in_specs=(tokens, tokens, tokens, P("expert", None, None, "tensor"), P("expert", "tensor")),
-        out_specs=tokens,
-    )(x, choices, weights, gate_up, down)
+        in_specs=(rows, P("expert", None, None, "tensor"), P("expert", "tensor")),
+        out_specs=rows,
+    )((x, choices, weights), gate_up, down)
