@@ -7,29 +7,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-INIT_STDDEV = 0.02
-"""Standard deviation of every randomly initialised parameter (spec section 1)."""
 
 
 class Buffer(nnx.Variable):
     """An array that belongs to the model and its checkpoints but is never trained."""
 
 
-def normal_param(rngs: nnx.Rngs, axes: dict[str, int], dtype: jnp.dtype) -> nnx.Param:
-    """A parameter drawn from normal(0, 0.02).
+def normal_param(rngs: nnx.Rngs, axes: dict[str, int], dtype: jnp.dtype, *, stddev: float) -> nnx.Param:
+    """A parameter drawn from a normal distribution of mean 0.
 
     Args:
       rngs: source of randomness, stream "params".
       axes: logical axis name -> size, in order.
       dtype: dtype in which it is stored.
+      stddev: standard deviation, chosen so that what the parameter computes starts with a variance of about one.
     """
-    value = INIT_STDDEV * jax.random.normal(rngs.params(), tuple(axes.values()), dtype)
+    value = stddev * jax.random.normal(rngs.params(), tuple(axes.values()), dtype)
     return nnx.Param(value, axes=tuple(axes))
 
 
-def ones_param(axes: dict[str, int], dtype: jnp.dtype) -> nnx.Param:
-    """A parameter that starts at one; `axes` as in `normal_param`."""
-    return nnx.Param(jnp.ones(tuple(axes.values()), dtype), axes=tuple(axes))
+def constant_param(axes: dict[str, int], dtype: jnp.dtype, value: float = 1.0) -> nnx.Param:
+    """A parameter that starts at one value everywhere; `axes` as in `normal_param`."""
+    return nnx.Param(jnp.full(tuple(axes.values()), value, dtype), axes=tuple(axes))
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -44,10 +43,16 @@ def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """RMS normalisation with a plain weight (not 1 + weight), in float32. Source: spec section 2."""
+    """RMS normalisation with a plain weight (not 1 + weight), in float32. Source: spec section 2.
 
-    def __init__(self, axes: dict[str, int], *, eps: float, param_dtype: jnp.dtype):
-        self.scale = ones_param(axes, param_dtype)
+    Args of the constructor:
+      axes: the normalised axis, its logical name -> size.
+      initial_scale: what the weight starts from. Norms that stand after a branch make its output as large as they
+        say, whatever the branch computes: at one, branches of random weights would drown the stream they add to.
+    """
+
+    def __init__(self, axes: dict[str, int], *, eps: float, param_dtype: jnp.dtype, initial_scale: float = 1.0):
+        self.scale = constant_param(axes, param_dtype, initial_scale)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,6 +65,7 @@ class Linear(nnx.Module):
     Args of the constructor:
       inputs, outputs: logical axis name -> size; the kernel is [*inputs, *outputs].
       is_clipped: clamp input and output to four stored scalars, infinite at first (spec section 3, "clipped linears").
+      gain: standard deviation of the output at first, for inputs of one.
     """
 
     def __init__(
@@ -70,10 +76,12 @@ class Linear(nnx.Module):
         *,
         param_dtype: jnp.dtype,
         is_clipped: bool = False,
+        gain: float = 1.0,
     ):
         self.num_inputs = len(inputs)
         self.is_clipped = is_clipped
-        self.kernel = normal_param(rngs, inputs | outputs, param_dtype)
+        fan_in = math.prod(inputs.values())
+        self.kernel = normal_param(rngs, inputs | outputs, param_dtype, stddev=gain * fan_in**-0.5)
         if is_clipped:
             self.input_min = Buffer(jnp.array(-jnp.inf, param_dtype), axes=())
             self.input_max = Buffer(jnp.array(jnp.inf, param_dtype), axes=())

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gemma4_jax.audio.tower import NORM_EPS as AUDIO_NORM_EPS
+from gemma4_jax.audio.tower import AudioTower
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.layers import Linear, rms_normalize
 from gemma4_jax.ops.attention import Sites
-from gemma4_jax.ops.gather import invert_rows, move_rows
 from gemma4_jax.ops.cross_entropy import vocabulary_logits
+from gemma4_jax.ops.gather import invert_rows, move_rows
 from gemma4_jax.sharding import constrain
 from gemma4_jax.text.attention import view_tokens
 from gemma4_jax.text.decoder import Decoder
@@ -39,11 +41,10 @@ class Gemma4(nnx.Module):
         remat: str = "none",
     ):
         self.config = config
-        text, vision = config.text, config.vision
-        self.embedder = Embedder(rngs, text, dtype=dtype, param_dtype=param_dtype)
-        self.per_layer_embedder = (
-            PerLayerEmbedder(rngs, text, dtype=dtype, param_dtype=param_dtype) if text.per_layer_embed_dim else None
-        )
+        text, vision, audio = config.text, config.vision, config.audio
+        embedding = {"pad": config.tokens.pad, "dtype": dtype, "param_dtype": param_dtype}
+        self.embedder = Embedder(rngs, text, **embedding)
+        self.per_layer_embedder = PerLayerEmbedder(rngs, text, **embedding) if text.per_layer_embed_dim else None
         self.decoder = Decoder(rngs, text, param_dtype=param_dtype, remat_policy=remat)
         if vision is None:
             self.vision = None
@@ -51,6 +52,13 @@ class Gemma4(nnx.Module):
             self.vision = VisionTower(rngs, vision, dtype=dtype, param_dtype=param_dtype, remat_policy=remat)
             self.image_projection = Linear(
                 rngs, {"vision_embed": vision.embed_dim}, {"embed": text.embed_dim}, param_dtype=param_dtype
+            )
+        if audio is None:
+            self.audio = None
+        else:
+            self.audio = AudioTower(rngs, audio, dtype=dtype, param_dtype=param_dtype, remat_policy=remat)
+            self.audio_projection = Linear(
+                rngs, {"audio_embed": audio.output_dim}, {"embed": text.embed_dim}, param_dtype=param_dtype
             )
 
     @property
@@ -75,13 +83,13 @@ class Gemma4(nnx.Module):
     def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Merged embeddings [B, T, D], and per-layer embeddings [L, B, T, Q] or None."""
         roles = self.config.tokens
-        is_placeholder = (
-            (batch.tokens == roles.image) | (batch.tokens == roles.audio) | (batch.tokens == roles.video)
-        )
+        is_placeholder = (batch.tokens == roles.image) | (batch.tokens == roles.audio) | (batch.tokens == roles.video)
         tokens = jnp.where(is_placeholder, roles.pad, batch.tokens)
         x = self.embedder(tokens)
         if self.vision is not None and batch.patches.shape[1]:
-            x = self._merge(x, self.soft_tokens(batch), batch.image_slots)
+            x = _merge(x, self.soft_tokens(batch), batch.image_slots)
+        if self.audio is not None and batch.audio_features is not None:
+            x = _merge(x, self.audio_soft_tokens(batch), batch.audio_slots)
         x = constrain(x, "batch", "length", None)
         return x, None if self.per_layer_embedder is None else self.per_layer_embedder(tokens, x)
 
@@ -91,6 +99,19 @@ class Gemma4(nnx.Module):
         pooled = self.vision(batch.patches, batch.patch_positions, batch.image_patches)
         return self.image_projection(rms_normalize(pooled, self.vision.config.norm_eps).astype(pooled.dtype))
 
-    def _merge(self, x: jax.Array, soft_tokens: jax.Array, image_slots: jax.Array) -> jax.Array:
-        placed = move_rows(soft_tokens, image_slots, invert_rows(image_slots, soft_tokens.shape[1]))
-        return jnp.where((image_slots >= 0)[..., None], placed, x)
+    def audio_soft_tokens(self, batch: Batch) -> jax.Array:
+        """[B, A * ceil(F / 4), D] soft tokens of every sound of every row, in order. Source: spec section 4."""
+        assert self.audio is not None
+        assert batch.audio_features is not None
+        assert batch.audio_lengths is not None
+        b, a, *frames_and_bins = batch.audio_features.shape
+        features = batch.audio_features.reshape(b * a, *frames_and_bins)
+        encoded = self.audio(features, batch.audio_lengths.reshape(b * a))
+        soft_tokens = self.audio_projection(rms_normalize(encoded, AUDIO_NORM_EPS).astype(encoded.dtype))
+        return soft_tokens.reshape(b, -1, soft_tokens.shape[-1])
+
+
+def _merge(x: jax.Array, soft_tokens: jax.Array, slots: jax.Array) -> jax.Array:
+    """x [B, T, D], with soft token slots[b, t] of [B, M, D] in place of x[b, t] where it is not -1."""
+    placed = move_rows(soft_tokens, slots, invert_rows(slots, soft_tokens.shape[1]))
+    return jnp.where((slots >= 0)[..., None], placed, x)

@@ -2,7 +2,7 @@
 
 The scans are 8 x 8 pixels (bundled/ATTRIBUTION.txt). A canvas keeps their resolution; the resize that every image
 goes through enlarges it. That resize fills the soft-token budget whatever the canvas, so all canvases have about the
-same area for about the same size of digit, and only their shape varies with the number of digits.
+same area and digits about the same size, three soft tokens, and only the shape varies with the number of digits.
 """
 
 import functools
@@ -20,9 +20,14 @@ MAX_DIGITS = 6
 MAX_IMAGES = 4
 QUESTIONS = ("read: ", "number? ", "digits = ")
 
-_CANVAS_AREA = (9.5 * SCAN**2, 12.5 * SCAN**2)
-_ASPECT_RATIO = (0.6, 3.0)
+# Width and height of a canvas in scan pixels, by its number of digits.
+_CANVAS = {1: (17, 25), 2: (21, 21), 3: (24, 18), 4: (32, 14), 5: (40, 11), 6: (48, 9)}
 _VARIANTS = 16
+
+# Shares of training images by their number of digits, and of training documents by their number of images. Short
+# numbers alone come often: where to look is learned on them first.
+_DIGITS_SHARES = 1 / np.arange(1, MAX_DIGITS + 1) / np.sum(1 / np.arange(1, MAX_DIGITS + 1))
+_IMAGES_SHARES = np.array([0.85, 0.05, 0.05, 0.05])
 
 
 def load_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -58,36 +63,27 @@ def _warp(scan: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
 
 
 def compose(rng: np.random.Generator, scans: np.ndarray) -> np.ndarray:
-    """Draws scans side by side, with jitter, in light ink on a dark canvas of varying shape.
+    """Draws scans side by side from the upper left corner, in light ink on a dark canvas.
 
     Args:
-      rng: decides shape, places and colours.
-      scans: [n, 8, 8] float32 in 0..1.
+      rng: decides the colours.
+      scans: [n, 8, 8] float32 in 0..1, n from 1 to MAX_DIGITS.
     Returns:
       uint8 [height, width, 3].
     """
-    gaps = rng.integers(0, 3, len(scans))
-    span = SCAN * len(scans) + int(gaps[:-1].sum())
-    area = rng.uniform(*_CANVAS_AREA)
-    narrowest = max(span + 2, np.sqrt(area * _ASPECT_RATIO[0]))
-    widest = max(narrowest, min(area / (SCAN + 2), np.sqrt(area * _ASPECT_RATIO[1])))
-    width = int(rng.uniform(narrowest, widest))
-    height = max(SCAN + 2, round(area / width))
-    canvas = np.zeros((height, width), np.float32)
-    x, top = rng.integers(width - span + 1), rng.integers(height - SCAN + 1)
-    jitter = np.clip(top + rng.integers(-1, 2, len(scans)), 0, height - SCAN)
-    for scan, gap, y in zip(scans, gaps, jitter, strict=True):
-        canvas[y : y + SCAN, x : x + SCAN] = scan
-        x += SCAN + gap
+    width, height = _CANVAS[len(scans)]
+    canvas = np.zeros((height, width, 1), np.float32)
+    canvas[:SCAN, : SCAN * len(scans), 0] = np.concatenate(scans, axis=1)
     paper, ink = rng.uniform(0, 50, 3), rng.uniform(180, 255, 3)
-    return (paper + (ink - paper) * canvas[..., None]).astype(np.uint8)
+    return (paper + (ink - paper) * canvas).astype(np.uint8)
 
 
 class DigitsSource:
     """Documents that show numbers and ask to read them.
 
     A training document holds one to four images of one to six digits; a held-out one a single image, made of scans
-    that no training document shows. Document i depends on nothing but the split, the seed and i.
+    that no training document shows, with every number of digits as likely as another. Document i depends on nothing
+    but the split, the seed and i.
 
     Args:
       split: "train" or "held_out".
@@ -105,8 +101,9 @@ class DigitsSource:
     def __getitem__(self, index: int) -> Document:
         rng = np.random.default_rng((self._is_train, self._seed, index))
         segments: list[Text | Image] = []
-        for _ in range(rng.integers(1, MAX_IMAGES + 1) if self._is_train else 1):
-            chosen = rng.integers(len(self._labels), size=rng.integers(1, MAX_DIGITS + 1))
+        for _ in range(1 + rng.choice(MAX_IMAGES, p=_IMAGES_SHARES) if self._is_train else 1):
+            num_digits = 1 + rng.choice(MAX_DIGITS, p=_DIGITS_SHARES if self._is_train else None)
+            chosen = rng.integers(len(self._labels), size=num_digits)
             answer = "".join(map(str, self._labels[chosen])) + "\n"
             question = QUESTIONS[rng.integers(len(QUESTIONS))]
             segments += [Image(compose(rng, self._scans[chosen])), Text(question, loss=False), Text(answer)]

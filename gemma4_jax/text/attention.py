@@ -93,7 +93,10 @@ class Attention(nnx.Module):
         queries = {"heads": config.num_heads, "head_dim": head_dim}
         keys = {"kv_heads": num_kv_heads, "head_dim": head_dim}
         self.q = Linear(rngs, embed, queries, param_dtype=param_dtype)
-        self.q_norm = RMSNorm({"head_dim": head_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+        # The scale of attention is 1; the usual head_dim**-0.5 is where this norm starts.
+        self.q_norm = RMSNorm(
+            {"head_dim": head_dim}, eps=config.norm_eps, param_dtype=param_dtype, initial_scale=head_dim**-0.5
+        )
         if not shares_kv:
             self.k = Linear(rngs, embed, keys, param_dtype=param_dtype)
             self.k_norm = RMSNorm({"head_dim": head_dim}, eps=config.norm_eps, param_dtype=param_dtype)

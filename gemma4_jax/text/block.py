@@ -13,6 +13,16 @@ from gemma4_jax.text.attention import Attention, AttentionView, KeyValues
 from gemma4_jax.text.moe import MixtureOfExperts, RouterStats
 
 
+def _post_norm(config: TextConfig, param_dtype: jnp.dtype) -> RMSNorm:
+    """The norm after a branch: at first, the 2 L branches of attention and MLP together add a variance of one."""
+    return RMSNorm(
+        {"norm": config.embed_dim},
+        eps=config.norm_eps,
+        param_dtype=param_dtype,
+        initial_scale=(2 * config.num_layers) ** -0.5,
+    )
+
+
 class PerLayerInput(nnx.Module):
     """Adds a layer's own embedding of the token, gated by the stream. Source: spec section 2, "Block"."""
 
@@ -20,7 +30,7 @@ class PerLayerInput(nnx.Module):
         embed, per_layer = {"embed": config.embed_dim}, {"per_layer_embed": config.per_layer_embed_dim}
         self.gate = Linear(rngs, embed, per_layer, param_dtype=param_dtype)
         self.projection = Linear(rngs, per_layer, embed, param_dtype=param_dtype)
-        self.post_norm = RMSNorm({"norm": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+        self.post_norm = _post_norm(config, param_dtype)
 
     def __call__(self, x: jax.Array, per_layer_embedding: jax.Array) -> jax.Array:
         """x [B, T, D] and per_layer_embedding [B, T, Q] -> [B, T, D]."""
@@ -43,9 +53,9 @@ class DecoderLayer(nnx.Module):
             param_dtype=param_dtype,
         )
         self.pre_attention_norm = norm()
-        self.post_attention_norm = norm()
+        self.post_attention_norm = _post_norm(config, param_dtype)
         self.pre_mlp_norm = norm()
-        self.post_mlp_norm = norm()
+        self.post_mlp_norm = _post_norm(config, param_dtype)
         self.moe = MixtureOfExperts(rngs, config, param_dtype=param_dtype) if config.num_experts else None
         self.per_layer_input = (
             PerLayerInput(rngs, config, param_dtype=param_dtype) if config.per_layer_embed_dim else None

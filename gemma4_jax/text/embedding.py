@@ -10,29 +10,45 @@ from gemma4_jax.config import TextConfig
 from gemma4_jax.layers import Linear, RMSNorm, normal_param
 
 
-class Embedder(nnx.Module):
-    """The token embedding, tied to the head."""
+def _look_up(table: jax.Array, tokens: jax.Array, pad: int) -> jax.Array:
+    """Rows of a [V, ...] table by [B, T] ids. To be looked up does not train the pad row, as in the reference."""
+    rows = table[tokens]
+    is_pad = jnp.expand_dims(tokens == pad, range(2, rows.ndim))
+    return jnp.where(is_pad, jax.lax.stop_gradient(rows), rows)
 
-    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype):
+
+class Embedder(nnx.Module):
+    """The token embedding, tied to the head. `pad` is the id of the pad token."""
+
+    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, pad: int, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        self.pad = pad
         self.dtype = dtype
-        self.table = normal_param(rngs, {"vocab": config.vocab_size, "embed": config.embed_dim}, param_dtype)
+        self.table = normal_param(
+            rngs,
+            {"vocab": config.vocab_size, "embed": config.embed_dim},
+            param_dtype,
+            stddev=config.embed_dim**-0.5,
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, T] ids -> [B, T, D], scaled by sqrt(D), which is first rounded to the compute dtype."""
-        rows = self.table[...][tokens].astype(self.dtype)
+        rows = _look_up(self.table[...], tokens, self.pad).astype(self.dtype)
         return rows * jnp.asarray(math.sqrt(rows.shape[-1]), self.dtype)
 
 
 class PerLayerEmbedder(nnx.Module):
     """One small embedding per token and layer: looked up by token, plus projected from the merged embedding.
 
-    Source: spec section 2, "Per-layer embeddings".
+    `pad` is the id of the pad token. Source: spec section 2, "Per-layer embeddings".
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, pad: int, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        self.pad = pad
         self.dtype = dtype
         per_layer = {"layers": config.num_layers, "per_layer_embed": config.per_layer_embed_dim}
-        self.table = normal_param(rngs, {"vocab": config.vocab_size} | per_layer, param_dtype)
+        self.table = normal_param(
+            rngs, {"vocab": config.vocab_size} | per_layer, param_dtype, stddev=config.per_layer_embed_dim**-0.5
+        )
         self.projection = Linear(rngs, {"embed": config.embed_dim}, per_layer, param_dtype=param_dtype)
         self.norm = RMSNorm({"norm": config.per_layer_embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
 
@@ -45,7 +61,7 @@ class PerLayerEmbedder(nnx.Module):
         Returns:
           [L, B, T, Q].
         """
-        by_token = self.table[...][tokens].astype(self.dtype)
+        by_token = _look_up(self.table[...], tokens, self.pad).astype(self.dtype)
         by_token *= jnp.asarray(math.sqrt(by_token.shape[-1]), self.dtype)
         by_context = self.norm(self.projection(x) * jnp.asarray(x.shape[-1] ** -0.5, self.dtype))
         return jnp.moveaxis((by_context + by_token) * jnp.asarray(2**-0.5, self.dtype), 2, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.config import TextConfig
-from gemma4_jax.layers import RMSNorm, normal_param, ones_param, rms_normalize
+from gemma4_jax.layers import RMSNorm, constant_param, normal_param, rms_normalize
 from gemma4_jax.ops.expert_parallel import apply_experts
 
 
@@ -29,9 +29,14 @@ class Router(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype):
         self.num_choices = config.num_experts_per_token
         self.eps = config.norm_eps
-        self.scale = ones_param({"norm": config.embed_dim}, param_dtype)
-        self.per_expert_scale = ones_param({"norm": config.num_experts}, param_dtype)
-        self.kernel = normal_param(rngs, {"embed": config.embed_dim, "norm": config.num_experts}, param_dtype)
+        self.scale = constant_param({"norm": config.embed_dim}, param_dtype)
+        self.per_expert_scale = constant_param({"norm": config.num_experts}, param_dtype)
+        self.kernel = normal_param(
+            rngs,
+            {"embed": config.embed_dim, "norm": config.num_experts},
+            param_dtype,
+            stddev=config.embed_dim**-0.5,
+        )
 
     def __call__(self, x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Routes.
@@ -66,8 +71,10 @@ class Experts(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype):
         expert, embed, mlp = {"expert": config.num_experts}, {"embed": config.embed_dim}, {"mlp": config.expert_dim}
-        self.gate_up = normal_param(rngs, expert | embed | {"gate_and_up": 2} | mlp, param_dtype)
-        self.down = normal_param(rngs, expert | mlp | embed, param_dtype)
+        self.gate_up = normal_param(
+            rngs, expert | embed | {"gate_and_up": 2} | mlp, param_dtype, stddev=config.embed_dim**-0.5
+        )
+        self.down = normal_param(rngs, expert | mlp | embed, param_dtype, stddev=config.expert_dim**-0.5)
 
     def __call__(self, x: jax.Array, choices: jax.Array, weights: jax.Array) -> jax.Array:
         return apply_experts(x, choices, weights, self.gate_up[...], self.down[...])
