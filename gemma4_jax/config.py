@@ -183,17 +183,16 @@ class AudioConfig:
       embed_dim: width of the conformer.
       num_layers: number of conformer layers.
       num_heads: attention heads.
-      subsampling_channels: output channels of the two stride-2 convolutions.
+      subsampling_channels: output channels of the two stride-2 convolutions; the first is also the number of mel bins.
       conv_kernel_size: taps of the causal depthwise convolution.
       attention_chunk_size: queries per attention chunk.
-      attention_context_left: keys a query sees, itself included, to the left.
-      attention_context_right: keys a query sees to the right.
+      attention_context_left: one more than the keys a query sees to the left, itself included.
+      attention_context_right: one more than the keys a query sees to the right; 0 is none.
       attention_logit_softcap: cap of the attention logits.
       residual_weight: weight of each half-step feed-forward.
       output_dim: width of the tower's output, before the projection to the decoder.
       activation_clip: activations are clamped to plus and minus this.
       uses_clipped_linears: linear maps clamp input and output to stored bounds.
-      norm_eps: epsilon of every RMSNorm.
     """
 
     embed_dim: int = 1024
@@ -209,17 +208,37 @@ class AudioConfig:
     output_dim: int = 1536
     activation_clip: float = 1e10
     uses_clipped_linears: bool = True
-    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         _require_positive(
             self, "model.audio", "embed_dim", "num_layers", "num_heads", "conv_kernel_size", "attention_chunk_size",
-            "attention_context_left", "attention_logit_softcap", "output_dim", "activation_clip", "norm_eps",
+            "attention_logit_softcap", "output_dim", "activation_clip",
         )  # fmt: skip
+        _require(
+            len(self.subsampling_channels) == 2
+            and min(self.subsampling_channels) > 0
+            and self.subsampling_channels[0] % 4 == 0,
+            "model.audio.subsampling_channels", self.subsampling_channels,
+            "two numbers greater than 0, the first a multiple of 4",
+        )  # fmt: skip
+        left, right = self.attention_context_left, self.attention_context_right
+        _require(left >= 2, "model.audio.attention_context_left", left, "at least 2, for a query to see itself")
+        _require(right >= 0, "model.audio.attention_context_right", right, "at least 0")
+        _require(self.embed_dim % 2 == 0, "model.audio.embed_dim", self.embed_dim, "even, for sines and cosines")
         _require(
             self.embed_dim % self.num_heads == 0,
             "model.audio.num_heads", self.num_heads, f"a divisor of embed_dim={self.embed_dim}",
         )  # fmt: skip
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def num_mel_bins(self) -> int:
+        """Mel bins of the features. The reference sizes the tower's input by the channels of the first convolution."""
+        return self.subsampling_channels[0]
 
 
 @dataclasses.dataclass(frozen=True)

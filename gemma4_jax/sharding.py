@@ -35,6 +35,11 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "xy": None,
     "position": None,
     "vision_embed": None,
+    "audio_embed": None,
+    "tap": None,
+    "mel": None,
+    "channel": None,
+    "in_channel": None,
     "norm": None,
 }
 """THE table. A logical axis that is missing here is a bug, and two of one array on one mesh axis are an error."""

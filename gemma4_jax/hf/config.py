@@ -63,7 +63,6 @@ _AUDIO = {
     "output_dim": ("output_proj_dims", 1536),
     "activation_clip": ("gradient_clipping", 1e10),
     "uses_clipped_linears": ("use_clipped_linears", True),
-    "norm_eps": ("rms_norm_eps", 1e-6),
 }
 
 _EXPERTS = {
@@ -91,7 +90,12 @@ _FIXED_TEXT = {
     "tie_word_embeddings": True,
 }
 _FIXED_VISION = {"model_type": "gemma4_vision", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
-_FIXED_AUDIO = {"model_type": "gemma4_audio", "hidden_act": "silu", "attention_invalid_logits_value": -1e9}
+_FIXED_AUDIO = {
+    "model_type": "gemma4_audio",
+    "hidden_act": "silu",
+    "attention_invalid_logits_value": -1e9,
+    "rms_norm_eps": 1e-6,  # some norms of the reference have this value whatever the file says
+}
 
 
 def to_hf(config: Gemma4Config, *, dtype: str, max_soft_tokens: int) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A row says what a tensor is called there, what it is called here, and how its axes correspond. Import and export both
 follow it. Axis letters of the layouts: v vocabulary, d width of the stream, n query heads, k KV heads, h head dim,
 f MLP width, e experts, x width of an expert, l layers, q per-layer width, w vision width, p patch, s position, a audio
-width, o audio output, t taps of the depthwise convolution, i and u channels of the two others, y frequency bins left.
+width, o audio output, t taps and z channels of the depthwise convolution, i and u channels of the two others, b and c
+their taps in time and frequency, y frequency bins left.
 
 Source: spec section 6, and the state dict that transformers 5.23 builds from each official config.
 """
@@ -121,32 +122,46 @@ _VISION_LAYER_LINEARS = (
 )
 
 _AUDIO = (
-    Row("audio_tower.subsample_conv_projection.layer0.conv.weight", None, "i 1 3 3"),
-    Row("audio_tower.subsample_conv_projection.layer0.norm.weight", None, "i"),
-    Row("audio_tower.subsample_conv_projection.layer1.conv.weight", None, "u i 3 3"),
-    Row("audio_tower.subsample_conv_projection.layer1.norm.weight", None, "u"),
-    Row("audio_tower.subsample_conv_projection.input_proj_linear.weight", None, "a (y u)"),
-    Row("audio_tower.output_proj.weight", None, "o a"),
-    Row("audio_tower.output_proj.bias", None, "o"),
-    Row("embed_audio.embedding_projection.weight", None, "d o"),
+    Row("audio_tower.subsample_conv_projection.layer0.conv.weight", "audio.subsample.0.kernel", "i 1 b c -> b c 1 i"),
+    Row("audio_tower.subsample_conv_projection.layer0.norm.weight", "audio.subsample.0.scale", "i -> i"),
+    Row("audio_tower.subsample_conv_projection.layer1.conv.weight", "audio.subsample.1.kernel", "u i b c -> b c i u"),
+    Row("audio_tower.subsample_conv_projection.layer1.norm.weight", "audio.subsample.1.scale", "u -> u"),
+    Row(
+        "audio_tower.subsample_conv_projection.input_proj_linear.weight",
+        "audio.input_projection.kernel",
+        "a (y u) -> y u a",
+    ),
+    Row("audio_tower.output_proj.weight", "audio.output.kernel", "o a -> a o"),
+    Row("audio_tower.output_proj.bias", "audio.output_bias", "o -> o"),
+    Row("embed_audio.embedding_projection.weight", "audio_projection.kernel", "d o -> o d"),
 )
 
 _AUDIO_LAYER = (
-    *(Row(f"feed_forward{i}.{side}_layer_norm.weight", None, "a") for i in (1, 2) for side in ("pre", "post")),
-    *(Row(f"norm_{place}.weight", None, "a") for place in ("pre_attn", "post_attn", "out")),
-    Row("self_attn.per_dim_scale", None, "h"),
-    Row("self_attn.relative_k_proj.weight", None, "(n h) a"),
-    Row("lconv1d.depthwise_conv1d.weight", None, "a 1 t"),
-    Row("lconv1d.pre_layer_norm.weight", None, "a"),
-    Row("lconv1d.conv_norm.weight", None, "a"),
+    Row("feed_forward1.pre_layer_norm.weight", "first_mlp.pre_norm.scale", "a -> a"),
+    Row("feed_forward1.post_layer_norm.weight", "first_mlp.post_norm.scale", "a -> a"),
+    Row("feed_forward2.pre_layer_norm.weight", "second_mlp.pre_norm.scale", "a -> a"),
+    Row("feed_forward2.post_layer_norm.weight", "second_mlp.post_norm.scale", "a -> a"),
+    Row("norm_pre_attn.weight", "pre_attention_norm.scale", "a -> a"),
+    Row("norm_post_attn.weight", "post_attention_norm.scale", "a -> a"),
+    Row("norm_out.weight", "final_norm.scale", "a -> a"),
+    Row("self_attn.per_dim_scale", "attention.per_dim_scale", "h -> h"),
+    Row("self_attn.relative_k_proj.weight", "attention.relative_k.kernel", "(n h) a -> a n h"),
+    Row("lconv1d.depthwise_conv1d.weight", "convolution.kernel", "z 1 t -> t 1 z"),
+    Row("lconv1d.pre_layer_norm.weight", "convolution.pre_norm.scale", "a -> a"),
+    Row("lconv1d.conv_norm.weight", "convolution.norm.scale", "z -> z"),
 )
 
 _AUDIO_LAYER_LINEARS = (
-    *(Row(f"feed_forward{i}.ffw_layer_1", None, "(4 a) a") for i in (1, 2)),
-    *(Row(f"feed_forward{i}.ffw_layer_2", None, "a (4 a)") for i in (1, 2)),
-    *(Row(f"self_attn.{name}", None, "(n h) a") for name in ("q_proj", "k_proj", "v_proj", "post")),
-    Row("lconv1d.linear_start", None, "(2 a) a"),
-    Row("lconv1d.linear_end", None, "a a"),
+    Row("feed_forward1.ffw_layer_1", "first_mlp.up", "f a -> a f"),
+    Row("feed_forward1.ffw_layer_2", "first_mlp.down", "a f -> f a"),
+    Row("feed_forward2.ffw_layer_1", "second_mlp.up", "f a -> a f"),
+    Row("feed_forward2.ffw_layer_2", "second_mlp.down", "a f -> f a"),
+    Row("self_attn.q_proj", "attention.q", "(n h) a -> a n h"),
+    Row("self_attn.k_proj", "attention.k", "(n h) a -> a n h"),
+    Row("self_attn.v_proj", "attention.v", "(n h) a -> a n h"),
+    Row("self_attn.post", "attention.o", "a (n h) -> n h a"),
+    Row("lconv1d.linear_start", "convolution.start", "(2 z) a -> a 2 z"),
+    Row("lconv1d.linear_end", "convolution.end", "a z -> z a"),
 )
 
 
@@ -290,10 +305,14 @@ def _audio_tensors(audio: AudioConfig, embed_dim: int) -> Iterator[Tensor]:
         "o": audio.output_dim,
         "i": first,
         "u": second,
-        "y": first // 4,
+        "y": audio.num_mel_bins // 4,
         "t": audio.conv_kernel_size,
         "n": audio.num_heads,
-        "h": audio.embed_dim // audio.num_heads,
+        "h": audio.head_dim,
+        "f": 4 * audio.embed_dim,
+        "z": audio.embed_dim,
+        "b": 3,
+        "c": 3,
     }
     for row in _AUDIO:
         yield _tensor(row, sizes, theirs="model.")

@@ -4,7 +4,7 @@
 
 tensors.json has the name and shape of every tensor in the reference's models of the presets, layers of one shape on
 one line. SIZE.npz has what the reference computes on the small models and documents of tests/hf/samples.py: their
-weights come from a seed and are not stored, and of the logits every fourth is.
+weights come from a seed and are not stored, and of the logits every fourth is. features.npz has those of a sound.
 """
 
 import json
@@ -18,7 +18,7 @@ from gemma4_jax.config import Gemma4Config
 from gemma4_jax.hf.config import to_hf
 from gemma4_jax.hf.names import abbreviate
 from gemma4_jax.sizes import SIZES
-from tests.hf import reference, samples
+from tests.hf import reference, samples, sounds
 
 FOLDER = Path(__file__).parent
 
@@ -46,8 +46,8 @@ def write_tensors() -> None:
 
 
 def write_sizes() -> None:
-    for size in samples.OFFICIAL_SIZES:
-        config = samples.shrink(size)
+    for size in samples.GOLDEN:
+        config = samples.variant(size)
         model = reference.build(config, samples.lively_weights(config))
         logits = np.concatenate(
             [rows for case in samples.cases(config).values() for rows in reference.logits(model, case, config)]
@@ -62,6 +62,13 @@ def write_sizes() -> None:
         )
 
 
+def write_features() -> None:
+    extractor = transformers.Gemma4AudioFeatureExtractor()
+    (features,) = extractor([sounds.make(np.random.default_rng(3), 4000)], pad_to_multiple_of=None)["input_features"]
+    np.savez_compressed(FOLDER / "features.npz", features=features)
+
+
 if __name__ == "__main__":
     write_tensors()
     write_sizes()
+    write_features()

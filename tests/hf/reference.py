@@ -1,6 +1,9 @@
 """The reference implementation on small models: transformers and torch, on the CPU."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -9,7 +12,7 @@ from transformers.models.gemma4 import Gemma4ForConditionalGeneration
 
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.hf.config import to_hf
-from tests.hf import samples
+from tests.hf import samples, sounds
 
 MAX_SOFT_TOKENS = 70
 
@@ -54,6 +57,11 @@ def inputs(documents: Sequence[samples.Segments], config: Gemma4Config) -> dict[
             pixels[i, : len(raster)] = image.patches[raster] / np.float32(255)
             positions[i, : len(raster)] = image.positions[raster]
         given |= {"pixel_values": pixels, "image_position_ids": positions}
+    if config.audio is not None:
+        features, lengths = sounds.arrays(documents, config)
+        if len(lengths):
+            is_frame = np.arange(features.shape[1]) < lengths[:, None]
+            given |= {"input_features": features, "input_features_mask": is_frame}
     return {name: torch.from_numpy(array) for name, array in given.items()}
 
 
@@ -65,6 +73,46 @@ def logits(
     with torch.no_grad():
         out = model(**_cast(given, model.dtype), use_cache=False).logits.float().numpy()
     return [row[mask] for row, mask in zip(out, given["attention_mask"].bool().numpy(), strict=True)]
+
+
+def layers(
+    model: Gemma4ForConditionalGeneration, documents: Sequence[samples.Segments], config: Gemma4Config
+) -> dict[str, list[np.ndarray]]:
+    """[..., D] hidden states after every layer of each stack that the documents run through, padding left out."""
+    given = inputs(documents, config)
+    kept = {"decoder": (model.model.language_model.layers, given["attention_mask"].bool())}
+    if "pixel_values" in given:
+        kept["vision"] = (model.model.vision_tower.encoder.layers, (given["image_position_ids"] >= 0).all(-1))
+    if "input_features" in given:
+        kept["audio"] = (model.model.audio_tower.layers, given["input_features_mask"][:, ::2][:, ::2])
+    found: dict[str, list[np.ndarray]] = {name: [] for name in kept}
+
+    def keep(name: str, mask: torch.Tensor) -> Any:
+        def hook(module: Any, args: Any, out: Any) -> None:
+            found[name].append((out[0] if isinstance(out, tuple) else out)[mask].float().numpy())
+
+        return hook
+
+    hooks = [layer.register_forward_hook(keep(name, mask)) for name, (stack, mask) in kept.items() for layer in stack]
+    logits(model, documents, config)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Within it a float64 model computes in float64 also what the reference computes in float32 whatever its dtype."""
+    softmax = torch.nn.functional.softmax
+
+    def wide_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return softmax(x, dim)
+
+    with (
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        mock.patch.object(torch.nn.functional, "softmax", wide_softmax),
+    ):
+        yield
 
 
 def _cast(given: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,14 @@ from gemma4_jax.data.tokenize import Example
 from gemma4_jax.hf.names import Tensor, tensors
 from gemma4_jax.model import Gemma4
 from gemma4_jax.ops.cross_entropy import chunked_cross_entropy
+from gemma4_jax.vision.geometry import resized_size
+from tests.hf import sounds
 
 OFFICIAL_SIZES = ("e2b", "e4b", "26b_a4b", "31b")
+VARIANTS = (*OFFICIAL_SIZES, "e2b_audio", "e4b_audio")
+"""The official sizes without audio tower, and those that have one with it."""
+GOLDEN = (*OFFICIAL_SIZES, "e2b_audio")
+"""Those of which there is a golden file; E4B hears as E2B does."""
 VOCAB_SIZE = 160
 GOLDEN_STRIDE = 4
 """Golden files hold every fourth logit."""
@@ -30,7 +36,7 @@ TOKENS = SpecialTokens(
 )  # fmt: skip
 
 Segments = Sequence[list[int] | np.ndarray]
-"""A document: token ids, and images as uint8 pixels [height, width, 3] whose sides are whole cells."""
+"""A document: token ids; images, uint8 pixels [height, width, 3] whose sides are whole cells; and sounds, floats [n]."""
 
 
 def shrink(size: str, *, with_audio: bool = False) -> Gemma4Config:
@@ -65,11 +71,18 @@ def shrink(size: str, *, with_audio: bool = False) -> Gemma4Config:
             vision, embed_dim=32, mlp_dim=24, num_layers=2, num_heads=2, head_dim=16, patch_size=4, num_positions=640
         ),
         audio=config.audio
-        and dataclasses.replace(config.audio, embed_dim=16, num_layers=1, num_heads=2, subsampling_channels=(8, 4))
+        and dataclasses.replace(
+            config.audio, embed_dim=16, num_layers=2, num_heads=2, subsampling_channels=(8, 4), output_dim=24
+        )
         if with_audio
         else None,
         tokens=TOKENS,
     )
+
+
+def variant(name: str) -> Gemma4Config:
+    """One of VARIANTS, shrunk."""
+    return shrink(name.removesuffix("_audio"), with_audio=name.endswith("_audio"))
 
 
 def lively_weights(config: Gemma4Config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -136,15 +149,17 @@ def example(segments: Segments, config: Gemma4Config) -> Example:
     carries_loss: list[bool] = []
     images: list[ImagePatches] = []
     for segment in segments:
-        is_image = isinstance(segment, np.ndarray)
-        if is_image:
+        is_text = isinstance(segment, list)
+        if sounds.is_sound(segment):
+            segment = sounds.tokens(segment, config)
+        elif not is_text:
             assert config.vision is not None
             cells = {"patch_size": config.vision.patch_size, "pooling_size": config.vision.pooling_size}
             images.append(cut_patches(segment, **cells))
             placeholders = [config.tokens.image] * images[-1].num_soft_tokens
             segment = [config.tokens.begin_image, *placeholders, config.tokens.end_image]
         tokens += segment
-        carries_loss += [not is_image] * len(segment)
+        carries_loss += [is_text] * len(segment)
     return Example(np.array(tokens, np.int32), np.array(carries_loss), tuple(images), "sample")
 
 
@@ -160,11 +175,12 @@ def batch(rows: Sequence[Sequence[Segments]], config: Gemma4Config, *, length: i
         patches_per_image=max((len(image.patches) for row in images for image in row), default=0),
         patch_dim=config.vision.patch_dim,
     )
-    return assemble(examples, shape, config.tokens.image)
+    batch = assemble(examples, shape, config.tokens.image)
+    return batch if config.audio is None else sounds.add(batch, rows, config)
 
 
 def cases(config: Gemma4Config) -> dict[str, list[Segments]]:
-    """Documents by what they try; those of one case make a batch with padding."""
+    """Documents by what they try, those about sounds where the model hears; those of one case make a padded batch."""
     rng = np.random.default_rng(7)
 
     def words(length: int) -> list[int]:
@@ -174,6 +190,15 @@ def cases(config: Gemma4Config) -> dict[str, list[Segments]]:
         return image(rng, config, rows, columns)
 
     bos = config.tokens.bos
+    if config.audio is not None:
+        # Of 1, 20 and 48 soft tokens: less than a chunk of attention, two chunks, and four to the brim.
+        short, middle, long = (sounds.make(rng, length) for length in (480, 12_640, 30_600))
+        return {
+            "one_sound": [[[bos, *words(4)], middle, words(6)]],
+            "sounds_first_and_last": [[short, words(3), long]],
+            "sound_and_image": [[[bos], picture(2, 3), words(2), middle, words(8)]],
+            "padding": [[[bos, *words(9)]], [[bos], long, words(5)], [[bos, *words(3)], short, words(4)]],
+        }
     return {
         "text": [[[bos, *words(40)]]],
         "one_image": [[[bos, *words(6)], picture(3, 4), words(12)]],
@@ -190,7 +215,19 @@ def image(rng: np.random.Generator, config: Gemma4Config, rows: int, columns: in
     return rng.integers(0, 256, (rows * cell, columns * cell, 3)).astype(np.uint8)
 
 
+def image_of_budget(config: Gemma4Config, budget: int) -> Segments:
+    """A document with an image of 640 x 480 pixels as large as a budget of soft tokens allows."""
+    assert config.vision is not None
+    cells = {"patch_size": config.vision.patch_size, "pooling_size": config.vision.pooling_size}
+    sides = resized_size(480, 640, max_soft_tokens=budget, **cells)
+    pixels = np.random.default_rng(budget).integers(0, 256, (*sides, 3)).astype(np.uint8)
+    return [[config.tokens.bos, 20, 21], pixels, [22, 23, 24]]
+
+
 def all_documents(config: Gemma4Config) -> list[Segments]:
+    if "embed_tokens_per_layer" in name:
+        gradient = gradient.copy()
+        gradient[TOKENS.pad] = 0  # see test_parity: the one row in which the models differ
     """The documents of all cases, to be computed in one batch."""
     return [document for documents in cases(config).values() for document in documents]
 
@@ -201,8 +238,11 @@ def logits(model: Gemma4, rows: Batch) -> jax.Array:
     return model(rows)
 
 
-def loss_and_gradients(model: Gemma4, rows: Batch) -> tuple[float, dict[str, np.ndarray]]:
-    """Mean cross entropy over the loss weights, as in training, and its gradient for every parameter by path."""
+def gradient_function(model: Gemma4) -> Callable[[Batch], tuple[float, dict[str, np.ndarray]]]:
+    """Rows -> mean cross entropy over their loss weights, as in training, and its gradient for every parameter by path.
+
+    It compiles once for rows of one shape.
+    """
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
@@ -218,15 +258,20 @@ def loss_and_gradients(model: Gemma4, rows: Batch) -> tuple[float, dict[str, np.
 
         return jax.value_and_grad(loss)(params)
 
-    loss, gradients = compute(params, jax.tree.map(jnp.asarray, rows))
-    flat = nnx.to_flat_state(gradients)
-    return float(loss), {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in flat}
+    def loss_and_gradients(rows: Batch) -> tuple[float, dict[str, np.ndarray]]:
+        loss, gradients = compute(params, jax.tree.map(jnp.asarray, rows))
+        flat = nnx.to_flat_state(gradients)
+        return float(loss), {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in flat}
+
+    return loss_and_gradients
+
+
+def loss_and_gradients(model: Gemma4, rows: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    """`gradient_function`, for rows that come once."""
+    return gradient_function(model)(rows)
 
 
 def summarize_gradient(name: str, gradient: np.ndarray) -> tuple[float, float]:
     """Two numbers that tell gradients apart: the norm, and the projection on a random direction."""
-    if "embed_tokens_per_layer" in name:
-        gradient = gradient.copy()
-        gradient[TOKENS.pad] = 0  # see test_parity: the one row in which the models differ
     direction = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(gradient.shape)
     return float(np.linalg.norm(gradient)), float(np.sum(gradient * direction))

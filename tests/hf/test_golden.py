@@ -18,9 +18,9 @@ LOGITS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 5e-5
 
 
-@pytest.mark.parametrize("size", samples.OFFICIAL_SIZES)
+@pytest.mark.parametrize("size", samples.GOLDEN)
 def test_logits(size):
-    config = samples.shrink(size)
+    config = samples.variant(size)
     expected = np.load(GOLDEN / f"{size}.npz")["logits"]
     model = samples.model(config, samples.lively_weights(config))
     documents = samples.all_documents(config)
@@ -33,9 +33,9 @@ def test_logits(size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", samples.OFFICIAL_SIZES)
+@pytest.mark.parametrize("size", samples.GOLDEN)
 def test_loss_and_gradients(size):
-    config = samples.shrink(size)
+    config = samples.variant(size)
     golden = np.load(GOLDEN / f"{size}.npz")
     model = samples.model(config, samples.lively_weights(config))
     rows = samples.batch([[document] for document in samples.all_documents(config)], config)

@@ -281,14 +281,5 @@ def test_a_text_model_has_no_processor_and_no_tower(config, tmp_path):
     assert Checkpoint(tmp_path / "out").config == text_only
 
 
-def test_a_tower_that_is_configured_but_not_built_is_not_announced(tmp_path):
-    config = samples.shrink("e2b", with_audio=True)
-    state = nnx.state(samples.model(config, samples.lively_weights(config)))
-    if any("audio" in path for path in nnx.to_pure_dict(state)):
-        pytest.skip("the audio tower is built")
-    export_state(state, config, tmp_path / "out", tokenizer=Tokenizer.load("bundled"), max_soft_tokens=70)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["audio_config"] is None
-
-
 def test_the_name_of_carried_tensors_is_not_one_of_an_export():
     assert save._OUR_FILES.fullmatch(CARRIED) is None

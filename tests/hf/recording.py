@@ -1,0 +1,66 @@
+"""What every layer of our stacks puts out, though they are scanned."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gemma4_jax.audio.tower import ConformerLayer
+from gemma4_jax.batch import Batch
+from gemma4_jax.model import Gemma4
+from gemma4_jax.text.block import DecoderLayer
+from gemma4_jax.vision.tower import VisionLayer
+
+STACKS = {"decoder": DecoderLayer, "vision": VisionLayer, "audio": ConformerLayer}
+
+
+def logits_and_layers(model: Gemma4, rows: Batch) -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
+    """([B, T, V] logits, for each stack the hidden states after each of its layers)."""
+    graphdef, state = nnx.split(model)
+    compute = jax.jit(lambda state, rows: nnx.merge(graphdef, state)(rows))
+    with contextlib.ExitStack() as stack:
+        found = {name: stack.enter_context(_recorded(layer)) for name, layer in STACKS.items()}
+        logits = np.asarray(compute(state, jax.tree.map(jnp.asarray, rows)))
+        jax.effects_barrier()
+    return logits, found
+
+
+@contextlib.contextmanager
+def _recorded(layer: type[nnx.Module]) -> Iterator[list[np.ndarray]]:
+    """Collects the first result of every call of a kind of layer, in order."""
+    found: list[np.ndarray] = []
+    original = layer.__call__
+
+    def call(self, *args):
+        result = original(self, *args)
+        first = result[0] if isinstance(result, tuple) else result
+        jax.debug.callback(lambda x: found.append(np.asarray(x, np.float32)), first, ordered=True)
+        return result
+
+    with mock.patch.object(layer, "__call__", call):
+        yield found
+
+
+def in_reference_order(stack: str, ours: np.ndarray, batch: Batch, row: int) -> np.ndarray:
+    """[..., D] of one row of a batch as the reference lays out a document: tokens, patches in raster order, sounds.
+
+    Args:
+      stack: key of STACKS.
+      ours: hidden states after one of its layers.
+      batch: what they were computed from.
+      row: which row of it; it holds one document.
+    """
+    batch = jax.tree.map(np.asarray, batch)
+    if stack == "decoder":
+        return ours[row, batch.segment_ids[row] > 0]
+    if stack == "audio":
+        sounds = ours.reshape(*batch.audio_lengths.shape, *ours.shape[1:])[row]
+        lengths = -(-batch.audio_lengths[row] // 4)
+        return np.concatenate([sound[:length] for sound, length in zip(sounds, lengths, strict=True)])
+    image_ids, positions = batch.patch_image_ids[row], batch.patch_positions[row]
+    order = np.lexsort((positions[:, 0], positions[:, 1], image_ids))
+    return ours[row, order[image_ids[order] > 0]]
