@@ -20,4 +20,22 @@ def get_config() -> ConfigDict:
     config = base.get_config("quickstart")
     config.name = "quickstart"
     config.run_dir = "runs/quickstart"
+
+    # A row holds five images and what is asked about them; a step reads about ten.
+    config.data.mixture = ConfigDict({"digits": 0.998, "python": 0.002})
+    config.data.seq_len = 368
+    config.data.images_per_row = 5
+    config.data.patches_per_row = 1280
+    config.data.batch_size = 2
+
+    config.train.num_steps = 2000
+    config.train.loss_chunk = config.data.seq_len
+    config.optimizer.learning_rate = 6e-3
+    config.optimizer.final_learning_rate_fraction = 0.03
+    config.optimizer.b2 = 0.99
+    config.optimizer.weight_decay = 0.01
+
+    config.checkpoint.every_steps = 500
+    config.eval.every_steps = 1000
+    config.eval.num_images = 1024
     return config

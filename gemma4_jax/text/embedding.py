@@ -46,9 +46,8 @@ class PerLayerEmbedder(nnx.Module):
         self.pad = pad
         self.dtype = dtype
         per_layer = {"layers": config.num_layers, "per_layer_embed": config.per_layer_embed_dim}
-        self.table = normal_param(
-            rngs, {"vocab": config.vocab_size} | per_layer, param_dtype, stddev=config.per_layer_embed_dim**-0.5
-        )
+        # Beside the projection of the merged embedding, which is normalised to one, the table starts nearly silent.
+        self.table = normal_param(rngs, {"vocab": config.vocab_size} | per_layer, param_dtype, stddev=0.02)
         self.projection = Linear(rngs, {"embed": config.embed_dim}, per_layer, param_dtype=param_dtype)
         self.norm = RMSNorm({"norm": config.per_layer_embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
 

@@ -50,7 +50,7 @@ def test_a_document_depends_on_split_seed_and_index_alone():
 def test_documents_ask_and_answer(split, most_images):
     source = DigitsSource(split, seed=0)
     counts, lengths = set(), set()
-    for index in range(100):
+    for index in range(400):
         segments = source[index].segments
         assert len(segments) % 3 == 0
         counts.add(len(segments) // 3)
