@@ -1,0 +1,128 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from gemma4_jax import sharding
+from gemma4_jax.errors import InputError
+from gemma4_jax.layers import Linear
+from gemma4_jax.model import Gemma4
+from gemma4_jax.sharding import BATCH_AXES, LOGICAL_TO_MESH, MESH_AXES, make_mesh, param_shardings, partition_spec
+from gemma4_jax.sizes import SIZES
+
+
+def test_the_table_names_mesh_axes_only():
+    named = {
+        name for entry in LOGICAL_TO_MESH.values() for name in ((entry,) if isinstance(entry, str) else entry or ())
+    }
+    assert named == set(MESH_AXES)
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        (("batch", "length", None), P(BATCH_AXES, "context", None)),
+        (("vocab", "embed"), P("tensor", "fsdp")),
+        (("layers", "embed", "heads", "head_dim"), P(None, "fsdp", "tensor", None)),
+        (("expert", "embed", "gate_and_up", "mlp"), P("expert", "fsdp", None, "tensor")),
+        ((), P()),
+    ],
+)
+def test_logical_axes_become_mesh_axes(axes, expected):
+    assert partition_spec(axes) == expected
+
+
+@pytest.mark.parametrize("axes", [("heads", "mlp"), ("vocab", "embed", "kv_heads"), ("batch", "embed")])
+def test_two_axes_of_an_array_on_one_mesh_axis_are_an_error(axes):
+    with pytest.raises(ValueError, match="one mesh axis on two axes"):
+        partition_spec(axes)
+
+
+def test_a_name_that_is_not_in_the_table_is_an_error():
+    with pytest.raises(KeyError, match="widht"):
+        partition_spec(("widht",))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_array_of_every_size_has_axes_of_the_table(size):
+    model = nnx.eval_shape(lambda: Gemma4(SIZES[size](), nnx.Rngs(0)))
+    mesh = jax.sharding.AbstractMesh((1,) * len(MESH_AXES), MESH_AXES)
+    shardings = param_shardings(nnx.state(model), mesh)
+    variables = dict(nnx.to_flat_state(nnx.state(model)))
+    for path, variable in nnx.to_flat_state(shardings):
+        # As many entries as axes: none is left to chance.
+        assert len(variable.get_value().spec) == variables[path].get_value().ndim, path
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (1, 1, 1, 1, 1)),
+        ({"data": -1}, (8, 1, 1, 1, 1)),
+        ({"fsdp": 4, "tensor": 2}, (1, 4, 1, 1, 2)),
+        ({"tensor": 2, "expert": -1, "data": 2}, (2, 1, 2, 1, 2)),
+        ({"data": -1, "fsdp": 8}, (1, 8, 1, 1, 1)),
+    ],
+)
+def test_a_mesh_has_all_axes_in_order(sizes, shape):
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(shape))])
+    assert mesh.axis_names == MESH_AXES
+    assert tuple(mesh.shape.values()) == shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"date": 8}, r"mesh\.date is not a mesh axis: accepted are data, fsdp, expert, context, tensor"),
+        ({"data": 0}, r"mesh\.data=0 is not possible: it must be at least 1, or -1 for the rest"),
+        ({"data": -2}, r"mesh\.data=-2 is not possible"),
+        ({"data": -1, "fsdp": -1}, r"mesh has 2 axes of -1: at most one"),
+        ({"data": 3}, r"mesh \(data=3, .*\) does not fit 8 devices: the product .* must be 8"),
+        ({"data": -1, "fsdp": 3}, r"mesh \(data=-1, fsdp=3, .*\) does not fit 8 devices"),
+        ({"data": 16}, r"does not fit 8 devices"),
+    ],
+)
+def test_an_impossible_mesh_is_refused(sizes, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(sizes)
+
+
+def state_of(**outputs: int) -> nnx.State:
+    return nnx.state(Linear(nnx.Rngs(0), {"embed": 8}, outputs, param_dtype=jnp.float32))
+
+
+def spec_of(state: nnx.State, mesh: jax.sharding.Mesh) -> P:
+    return param_shardings(state, mesh)["kernel"].get_value().spec
+
+
+def test_parameters_are_spread_by_their_axes():
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    assert spec_of(state_of(heads=4, head_dim=3), mesh) == P("fsdp", "tensor", None)
+
+
+def test_the_leading_axis_of_a_stack_is_layers():
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), state_of(mlp=4))
+    assert spec_of(stacked, make_mesh({"fsdp": 4, "tensor": 2})) == P(None, "fsdp", "tensor")
+
+
+def test_key_value_heads_fewer_than_the_tensor_axis_are_replicated():
+    mesh = make_mesh({"data": 2, "tensor": 4})
+    assert spec_of(state_of(kv_heads=2, head_dim=4), mesh) == P("fsdp", None, None)
+    assert spec_of(state_of(kv_heads=8, head_dim=4), mesh) == P("fsdp", "tensor", None)
+
+
+def test_an_axis_that_its_mesh_axis_does_not_divide_is_refused():
+    with pytest.raises(InputError, match=r"mesh\.tensor=8 does not divide axis 'heads' of kernel, which is 4: choose"):
+        spec_of(state_of(heads=4, head_dim=4), make_mesh({"tensor": 8}))
+
+
+def test_constrain_lays_out_inside_a_mesh_and_does_nothing_outside():
+    x = jnp.arange(32.0).reshape(8, 4)
+    assert sharding.constrain(x, "batch", None) is x
+    mesh = make_mesh({"data": 2, "fsdp": 2, "expert": 2})
+    with jax.set_mesh(mesh):
+        laid_out = jax.jit(lambda x: sharding.constrain(x, "batch", None))(x)
+    assert laid_out.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+    assert {shard.data.shape for shard in laid_out.addressable_shards} == {(1, 4)}
