@@ -1,4 +1,4 @@
-"""The figures of the quickstart: step time, tokens per second, compile time, peak memory, packing efficiency.
+"""The figures of the quickstart: step time, tokens and images per second, compile time, memory, packing efficiency.
 
   python benchmarks/quickstart.py                   # trains it in a temporary folder, then reads it
   python benchmarks/quickstart.py runs/quickstart   # reads a finished run
@@ -22,6 +22,7 @@ ROWS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("steps", "steps", "{:,}".format),
     ("step time, median", "step_seconds_median", lambda seconds: f"{seconds * 1000:.1f} ms"),
     ("tokens per second", "tokens_per_second", "{:,.0f}".format),
+    ("images per second", "images_per_second", "{:,.1f}".format),
     ("compile time", "compile_seconds", "{:.1f} s".format),
     ("waiting for data", "data_wait_share", "{:.1%} of step time".format),
     ("packing efficiency", "packing_efficiency", "{:.1%} of positions hold a token".format),

@@ -30,6 +30,13 @@ def get_config(size: str = "quickstart") -> ConfigDict:
     # The tokenizer: "bundled" is the small one in this package, anything else the path of a tokenizer.json.
     config.tokenizer = "bundled"
 
+    config.init = init = ConfigDict()
+    # Begin from the weights of a checkpoint in Hugging Face's format, a folder with config.json and safetensors; ""
+    # is random. Its architecture must be `model`, which may leave out towers: these are carried into exports.
+    init.from_hf = ""
+    # Begin from the parameters of the last checkpoint of another run, or of what `gemma4 convert` wrote; "" is random.
+    init.from_run = ""
+
     # The architecture, field by field as in gemma4_jax.config: --config.model.text.num_heads=4 overrides one.
     config.model = ConfigDict(dataclasses.asdict(sizes.SIZES[size]()))
 

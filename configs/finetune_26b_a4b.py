@@ -1,10 +1,9 @@
 """Train a Gemma 4 26B-A4B, 8 of 128 experts for each token, on 64 accelerators, with the vision tower frozen.
 
-  gemma4 train --config=finetune_26b_a4b --config.run_dir=/shared/26b --config.tokenizer=/shared/tokenizer.json
+  gemma4 train --config=finetune_26b_a4b --config.init.from_hf=CHECKPOINT --config.tokenizer=CHECKPOINT
 
 A starting point that has not been trained to its end: the architecture is the released one, and the mesh and batch
-are sized by arithmetic. It begins from random parameters, because reading released weights is not built yet; what it
-has of fine-tuning today are its schedule, its small learning rate and its frozen vision tower. Of 25.8 billion
+are sized by arithmetic. Without init.from_hf it begins from random parameters. Of 25.8 billion
 parameters the experts are 22.8 billion; they, their gradients and both moments take 16 bytes each in float32, 365 GB,
 spread over all 64 devices. The rest of the decoder is spread over fsdp only.
 """

@@ -6,7 +6,8 @@
 Data: images composed of real handwritten digits, one to six to an image, interleaved with questions and answers; and
 Python source code as plain text. Both ship with the package.
 Time: at most 5 minutes on 2 CPU cores after installation.
-Result: at least 90% of held-out numbers read exactly; near chance when the images are blanked.
+Result: 52% of 1,024 held-out numbers read exactly, none with the images blanked; short numbers nearly always, those of
+five and six digits seldom. More steps read more.
 Writes: runs/quickstart with report.html, summary.json, metrics.jsonl, checkpoints, and an export for transformers.
 """
 

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Iterable
 from importlib import resources
 from itertools import groupby
@@ -19,6 +18,7 @@ from gemma4_jax.data.assemble import packing_stats
 from gemma4_jax.data.images import join_patches
 from gemma4_jax.data.pipeline import make_train_iterator
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import write_atomically
 from gemma4_jax.tokenizer import Tokenizer
 
 PREVIEW_ROWS = 8
@@ -42,16 +42,9 @@ def preview(config: Any, model_config: Gemma4Config, path: str | Path) -> None:
     batches = make_train_iterator(config, model_config, tokenizer)
     page = preview_html([next(batches)], tokenizer, model_config, PREVIEW_ROWS)
     batches.close()
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        write_atomically(Path(path), page)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise InputError(f"The page {str(path)!r} cannot be written: {error.strerror}.") from error
 
 

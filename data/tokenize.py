@@ -76,18 +76,31 @@ class DocumentTokenizer:
         return Example(np.array(tokens, np.int32), np.array(carries_loss), tuple(images), document.name)
 
     def _image_patches(self, image: Image, name: str) -> ImagePatches:
-        budget = image.max_soft_tokens or self.max_soft_tokens
         try:
-            if self.vision is None:
-                raise InputError("The model has no vision tower (model.vision is empty), so it cannot read images.")
-            if budget not in SOFT_TOKEN_BUDGETS or budget > self.max_soft_tokens:
-                accepted = ", ".join(str(b) for b in SOFT_TOKEN_BUDGETS if b <= self.max_soft_tokens)
-                raise InputError(f"max_soft_tokens={budget} of an image must be one of {accepted}.")
-            cells = {"patch_size": self.vision.patch_size, "pooling_size": self.vision.pooling_size}
-            pixels = decode_image(image.content) if isinstance(image.content, bytes) else image.content
-            return cut_patches(resize_image(pixels, max_soft_tokens=budget, **cells), **cells)
+            return image_patches(image, self.vision, self.max_soft_tokens)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+
+
+def image_patches(image: Image, vision: VisionConfig | None, max_soft_tokens: int) -> ImagePatches:
+    """The patches of one image, resized to its budget.
+
+    Args:
+      image: not yet trusted.
+      vision: of the model that will read it; None if it reads none.
+      max_soft_tokens: budget of an image that brings none of its own, and the most that any may ask for.
+    Raises:
+      InputError: if it cannot be read, or the model has no vision tower for it.
+    """
+    if vision is None:
+        raise InputError("The model has no vision tower (model.vision is empty), so it cannot read images.")
+    budget = image.max_soft_tokens or max_soft_tokens
+    if budget not in SOFT_TOKEN_BUDGETS or budget > max_soft_tokens:
+        accepted = ", ".join(str(b) for b in SOFT_TOKEN_BUDGETS if b <= max_soft_tokens)
+        raise InputError(f"max_soft_tokens={budget} of an image must be one of {accepted}.")
+    cells = {"patch_size": vision.patch_size, "pooling_size": vision.pooling_size}
+    pixels = decode_image(image.content) if isinstance(image.content, bytes) else image.content
+    return cut_patches(resize_image(pixels, max_soft_tokens=budget, **cells), **cells)
 
 
 class TokenizedSource:

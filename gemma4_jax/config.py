@@ -4,6 +4,7 @@ Pure Python: importing this module does not import jax.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from gemma4_jax.errors import InputError
@@ -265,6 +266,23 @@ class Gemma4Config:
     vision: VisionConfig | None = None
     audio: AudioConfig | None = None
     tokens: SpecialTokens = SpecialTokens()
+
+    @classmethod
+    def from_dict(cls, sections: Mapping[str, Any]) -> "Gemma4Config":
+        """The inverse of `dataclasses.asdict`, also after it went through JSON.
+
+        Raises:
+          InputError: the fields do not describe a possible model.
+        """
+        vision, audio = sections["vision"], sections["audio"]
+        if audio is not None:
+            audio = AudioConfig(**{**audio, "subsampling_channels": tuple(audio["subsampling_channels"])})
+        return cls(
+            text=TextConfig(**sections["text"]),
+            vision=None if vision is None else VisionConfig(**vision),
+            audio=audio,
+            tokens=SpecialTokens(**sections["tokens"]),
+        )
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self.tokens).items():

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-
 class Buffer(nnx.Variable):
     """An array that belongs to the model and its checkpoints but is never trained."""
 

@@ -42,9 +42,13 @@ class Gemma4(nnx.Module):
     ):
         self.config = config
         text, vision, audio = config.text, config.vision, config.audio
-        embedding = {"pad": config.tokens.pad, "dtype": dtype, "param_dtype": param_dtype}
-        self.embedder = Embedder(rngs, text, **embedding)
-        self.per_layer_embedder = PerLayerEmbedder(rngs, text, **embedding) if text.per_layer_embed_dim else None
+        pad = config.tokens.pad
+        self.embedder = Embedder(rngs, text, pad=pad, dtype=dtype, param_dtype=param_dtype)
+        self.per_layer_embedder = (
+            PerLayerEmbedder(rngs, text, pad=pad, dtype=dtype, param_dtype=param_dtype)
+            if text.per_layer_embed_dim
+            else None
+        )
         self.decoder = Decoder(rngs, text, param_dtype=param_dtype, remat_policy=remat)
         if vision is None:
             self.vision = None
@@ -89,6 +93,7 @@ class Gemma4(nnx.Module):
         if self.vision is not None and batch.patches.shape[1]:
             x = _merge(x, self.soft_tokens(batch), batch.image_slots)
         if self.audio is not None and batch.audio_features is not None:
+            assert batch.audio_slots is not None
             x = _merge(x, self.audio_soft_tokens(batch), batch.audio_slots)
         x = constrain(x, "batch", "length", None)
         return x, None if self.per_layer_embedder is None else self.per_layer_embedder(tokens, x)

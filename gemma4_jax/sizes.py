@@ -54,9 +54,7 @@ def dense_31b() -> Gemma4Config:
     return Gemma4Config(text, _LARGE_VISION_TOWER)
 
 
-BUNDLED_TOKENS = SpecialTokens(
-    begin_image=7, image=8, end_image=9, begin_audio=10, audio=11, end_audio=12, video=13
-)
+BUNDLED_TOKENS = SpecialTokens(begin_image=7, image=8, end_image=9, begin_audio=10, audio=11, end_audio=12, video=13)
 """Roles of the special tokens of the small tokenizer shipped in this package."""
 
 

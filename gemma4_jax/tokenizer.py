@@ -1,5 +1,6 @@
 """`Tokenizer`: text to token ids and back, with the special tokens known by their roles."""
 
+import functools
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,33 @@ ROLES = {
 }
 """How Gemma 4 writes each special token that has a role in this package."""
 
+NAMES = {
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+    "boi_token": "<|image>",
+    "image_token": "<|image|>",
+    "eoi_token": "<image|>",
+    "boa_token": "<|audio>",
+    "audio_token": "<|audio|>",
+    "eoa_token": "<audio|>",
+    "sot_token": "<|turn>",
+    "eot_token": "<turn|>",
+    "soc_token": "<|channel>",
+    "eoc_token": "<channel|>",
+    "think_token": "<|think|>",
+    "escape_token": '<|"|>',
+    "std_token": "<|tool>",
+    "etd_token": "<tool|>",
+    "stc_token": "<|tool_call>",
+    "etc_token": "<tool_call|>",
+    "str_token": "<|tool_response>",
+    "etr_token": "<tool_response|>",
+}
+"""What the reference calls Gemma 4's special tokens, those of the chat format included, which a vocabulary may lack."""
+
 
 class Tokenizer:
     """A tokenizer.json in which every special token of Gemma 4 has an id.
@@ -34,6 +62,7 @@ class Tokenizer:
       path: the file it was read from.
       vocab_size: one more than the largest token id.
       tokens: ids of the special tokens by role.
+      special_tokens: every special token of the vocabulary, as it is written -> its id.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,7 +81,12 @@ class Tokenizer:
             raise InputError(f"tokenizer={str(path)!r} lacks the special tokens {', '.join(missing)} of Gemma 4.")
         self.vocab_size = max(vocab.values()) + 1
         self.tokens = SpecialTokens(**{role: vocab[token] for role, token in ROLES.items()})
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
         self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_with_special_tokens"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -70,6 +104,24 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; nothing is added, and names of special tokens are plain characters."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text: str, *, reads_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text that stands for itself, such as a rendered chat, and the characters each was made of.
+
+        Args:
+          text: any string; nothing is added.
+          reads_special_tokens: whether the name of a special token is that token, or plain characters.
+        Returns:
+          (ids, for each its [start, stop) in the text).
+        """
+        tokenizer = self._with_special_tokens if reads_special_tokens else self._tokenizer
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    @functools.cached_property
+    def _with_special_tokens(self) -> tokenizers.Tokenizer:
+        # A tokenizer of its own: the setting belongs to the object, which other threads use.
+        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens by name; ids outside the vocabulary are left out."""

@@ -176,6 +176,10 @@ def check_values(config: Any) -> None:
         optimizer.warmup_steps < train.num_steps,
         "optimizer.warmup_steps", optimizer.warmup_steps, f"less than train.num_steps={train.num_steps}",
     )  # fmt: skip
+    _require(
+        not (config.init.from_hf and config.init.from_run),
+        "init.from_run", config.init.from_run, f"empty where init.from_hf={config.init.from_hf!r} is given",
+    )  # fmt: skip
     scales = optimizer.learning_rate_scale.to_dict()
     _require(any(scales.values()), "optimizer.learning_rate_scale", scales, "above 0 for at least one group")
 

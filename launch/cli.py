@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "train the run that a config describes, or resume it",
     "preview": "show the first packed rows of a run as one HTML page",
     "export": "write a trained run as Hugging Face-format safetensors",
+    "convert": "write Hugging Face-format safetensors as a checkpoint that runs begin from",
+    "generate": "let a model in Hugging Face format write after a prompt",
 }
 """Command -> what it does. Its module is gemma4_jax.launch.COMMAND."""
 
@@ -21,7 +23,7 @@ USAGE = "\n".join(
     [
         "gemma4 COMMAND [arguments]: train Gemma 4, text and images, in JAX.",
         "",
-        *(f"  gemma4 {name:<9}{what}" for name, what in COMMANDS.items()),
+        *(f"  gemma4 {name:<10}{what}" for name, what in COMMANDS.items()),
         "",
         "gemma4 COMMAND --help explains a command. To begin: gemma4 train --config=quickstart",
     ]

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gemma4_jax import configs
-from gemma4_jax.config import AudioConfig, Gemma4Config, SpecialTokens, TextConfig, VisionConfig
+from gemma4_jax.config import Gemma4Config
 from gemma4_jax.configs import base
 from gemma4_jax.errors import InputError
 from gemma4_jax.launch import checks
@@ -65,16 +65,7 @@ def model_config(config: ConfigDict) -> Gemma4Config:
     Raises:
       InputError: its fields do not describe a possible model.
     """
-    model = config.model.to_dict()
-    vision, audio = model["vision"], model["audio"]
-    if audio is not None:
-        audio = AudioConfig(**{**audio, "subsampling_channels": tuple(audio["subsampling_channels"])})
-    return Gemma4Config(
-        text=TextConfig(**model["text"]),
-        vision=None if vision is None else VisionConfig(**vision),
-        audio=audio,
-        tokens=SpecialTokens(**model["tokens"]),
-    )
+    return Gemma4Config.from_dict(config.model.to_dict())
 
 
 def shipped() -> dict[str, Path]:

@@ -7,6 +7,7 @@ finished one is left as it is, and its export too.
   gemma4 train --config=quickstart
   gemma4 train --config=quickstart --config.train.num_steps=500 --config.run_dir=runs/short
   gemma4 train --config=my_config.py --config.optimizer.learning_rate=1e-4
+  gemma4 train --config=my_config.py --config.init.from_hf=CHECKPOINT --config.tokenizer=CHECKPOINT
 
 Every field, with its default, is in the config `base`.
 """
@@ -33,8 +34,10 @@ def main(arguments: Sequence[str]) -> None:
     RowShape.from_config(config.data, model_config)
     checks.check_batch(config, make_mesh(config.mesh.to_dict()).shape)
 
+    from gemma4_jax.train.initialize import check_source
     from gemma4_jax.train.loop import train
 
+    check_source(config.init, model_config)
     train(config, model_config)
     if config.export.at_end:
         from gemma4_jax.hf.save import export_run

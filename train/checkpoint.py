@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from gemma4_jax.errors import InputError
 from gemma4_jax.layers import Buffer
 from gemma4_jax.train.state import TrainState
+
+MAX_CHUNK_BYTES = 2**28
+"""The most of an array that is written, compressed and read in one piece, so that an export needs no more memory."""
 
 
 class Checkpoints:
@@ -46,8 +50,8 @@ class Checkpoints:
           iterator: which has given exactly the batches of these steps.
         """
         items = ocp.args.Composite(
-            model=ocp.args.StandardSave(_model_dict(state)),
-            training=ocp.args.StandardSave(_training_dict(state)),
+            model=_in_chunks(_model_dict(state)),
+            training=_in_chunks(_training_dict(state)),
             data=grain.checkpoint.CheckpointSave(iterator),
         )
         self._manager.save(step, args=items)
@@ -83,6 +87,10 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until the last save is whole."""
         self._manager.close()
+
+
+def _in_chunks(item: dict[str, Any]) -> ocp.args.StandardSave:
+    return ocp.args.StandardSave(item, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES), item))
 
 
 def _model_dict(state: TrainState) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from gemma4_jax.sharding import BATCH_AXES, batch_sharding, make_mesh
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.checkpoint import Checkpoints
 from gemma4_jax.train.evaluate import Reading, evaluate, read_greedily
+from gemma4_jax.train.initialize import initial_values
 from gemma4_jax.train.metrics import Meter, MetricsLog, Terminal, read_records
 from gemma4_jax.train.report import summarize, write_report, write_summary
 from gemma4_jax.train.run_dir import open_run_dir
@@ -95,7 +96,8 @@ class _Run:
         self.graphdef, abstract = abstract_state(model_config, config, mesh)
         latest = checkpoints.latest_step
         if latest is None:
-            self.step, self.state = 0, create_state(abstract, model_config, config)
+            values = initial_values(config.init, model_config, abstract, run_dir)
+            self.step, self.state = 0, create_state(abstract, model_config, config, values)
         else:
             self.step, self.state = latest, checkpoints.restore(latest, abstract, iterator)
         self.forward = make_eval_step(self.graphdef, self.state, config, mesh)

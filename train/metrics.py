@@ -18,7 +18,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from gemma4_jax.train.run_dir import write_atomically
+from gemma4_jax.files import write_atomically
 from gemma4_jax.train.step import StepMetrics
 
 MAX_UNFINISHED_STEPS = 2

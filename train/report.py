@@ -11,10 +11,10 @@ from typing import Any
 
 import PIL.Image
 
+from gemma4_jax.files import write_atomically
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.charts import heat_map, line_chart
 from gemma4_jax.train.evaluate import Reading
-from gemma4_jax.train.run_dir import write_atomically
 
 _MAX_COLUMNS = 120
 """Columns of a heat map over steps, at most."""
@@ -38,15 +38,17 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The figures of summary.json that come from the training records of the whole run.
 
     Returns:
-      tokens_per_second, step_seconds_median, data_wait_share (of the time in steps, that the devices stood idle for
-      want of data), packing_efficiency (share of token places that are not padding).
+      tokens_per_second, images_per_second, step_seconds_median, data_wait_share (of the time in steps, that the
+      devices stood idle for want of data), packing_efficiency (share of token places that are not padding).
     """
     records = [record for record in records if "loss" in record]
     if not records:
-        return dict.fromkeys(("tokens_per_second", "step_seconds_median", "data_wait_share", "packing_efficiency"), 0.0)
-    seconds, tokens = (sum(record[name] for record in records) for name in ("seconds", "tokens"))
+        rates = ("tokens_per_second", "images_per_second")
+        return dict.fromkeys((*rates, "step_seconds_median", "data_wait_share", "packing_efficiency"), 0.0)
+    seconds, tokens, images = (sum(record[name] for record in records) for name in ("seconds", "tokens", "images"))
     return {
         "tokens_per_second": tokens / seconds,
+        "images_per_second": images / seconds,
         "step_seconds_median": statistics.median(record["step_seconds"] for record in records),
         "data_wait_share": sum(record["data_wait_seconds"] for record in records) / seconds,
         "packing_efficiency": tokens / sum(record["tokens"] / (1 - record["padding_share"]) for record in records),

@@ -5,7 +5,6 @@ checkpoints/, tensorboard/, report.html and summary.json.
 """
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import write_atomically
 
 MAY_CHANGE = ("run_dir", "name", "mesh", "train.num_steps", "train.remat", "checkpoint", "eval", "log", "export")
 """Fields, and sections, that may differ from one start of a run to the next.
@@ -118,16 +118,3 @@ def _git_revision() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that at any time there is the old one, or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -66,18 +66,28 @@ def abstract_state(model_config: Gemma4Config, config: Any, mesh: Mesh) -> tuple
     )
 
 
-def create_state(abstract: TrainState, model_config: Gemma4Config, config: Any) -> TrainState:
+def create_state(
+    abstract: TrainState, model_config: Gemma4Config, config: Any, values: nnx.State | None = None
+) -> TrainState:
     """The state of a run before its first step; each device makes its own shards and no other.
 
     Args:
       abstract: from `abstract_state`.
       model_config: the architecture.
       config: the run config; `seed` decides the parameters, whatever the mesh.
+      values: parameters and buffers to begin from, in place of random ones. They are donated.
     """
 
+    def start(params: nnx.State, buffers: nnx.State) -> TrainState:
+        return _start(params, buffers, jax.random.split(jax.random.key(config.seed))[1], config)
+
+    if values is not None:
+        compiled = jax.jit(start, out_shardings=shardings_of(abstract), donate_argnums=(0, 1))
+        return compiled(*nnx.split_state(values, nnx.Param, Buffer))
+
     def create() -> TrainState:
-        params_key, rng = jax.random.split(jax.random.key(config.seed))
-        return _start(*_variables(_build(model_config, config, params_key)), rng, config)
+        params_key = jax.random.split(jax.random.key(config.seed))[0]
+        return start(*_variables(_build(model_config, config, params_key)))
 
     # Run once, so on CPU, where the compiler would take many times as long as the program, it is told not to try hard.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

@@ -1,5 +1,6 @@
 """The audio tower of E2B and E4B: log-mel features in, a soft token for every 40 ms out. Source: spec section 4."""
 
+import functools
 import math
 
 import jax
@@ -123,7 +124,7 @@ class LightConvolution(nnx.Module):
         kernel = self.kernel[...].astype(gated.dtype).astype(jnp.float32)
         taps, length = len(kernel), x.shape[1]
         padded = jnp.pad(gated, ((0, 0), (taps - 1, 0), (0, 0)))
-        mixed = sum(padded[:, tap : tap + length] * kernel[tap, 0] for tap in range(taps))
+        mixed = functools.reduce(jnp.add, (padded[:, tap : tap + length] * kernel[tap, 0] for tap in range(taps)))
         mixed = _clamp(mixed.astype(x.dtype), self.config.activation_clip)
         return x + self.end(jax.nn.silu(self.norm(mixed)))
 

@@ -45,7 +45,7 @@ class Checkpoint:
             of another shape.
         """
         self.folder = Path(folder)
-        self.hf_config: dict[str, Any] = _read_json(self.folder / "config.json")
+        self.hf_config: dict[str, Any] = read_json(self.folder / "config.json")
         self.config: Gemma4Config = from_hf(self.hf_config)
         self.files: dict[str, TensorFile] = _open_files(self.folder)
         _check_tensors(self.folder, self.files, tensors(self.config))
@@ -142,7 +142,12 @@ def _read_shard(
     return shard
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that nobody vouches for.
+
+    Raises:
+      InputError: it cannot be read, is too large, or is not JSON.
+    """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise InputError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: it is not of a checkpoint.")
@@ -161,7 +166,7 @@ def _open_files(folder: Path) -> dict[str, TensorFile]:
         return dict.fromkeys(file.tensors, file)
     if not index.exists():
         raise InputError(f"{folder} has neither {single.name} nor {index.name}: it is not a checkpoint.")
-    content = _read_json(index)
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index} has no weight_map from tensors to files.")
@@ -209,13 +214,22 @@ def _check_same_model(checkpoint: Checkpoint, model_config: Gemma4Config) -> Non
     there = {tensor.name: tensor for tensor in tensors(checkpoint.config)}
     if all(there.get(tensor.name) == tensor for tensor in tensors(model_config)):
         return
+    raise another_model(checkpoint, model_config)
+
+
+def another_model(checkpoint: Checkpoint, model_config: Gemma4Config) -> InputError:
+    """The error about a checkpoint whose architecture differs, naming every field; towers left out do not count."""
+    return InputError(f"{checkpoint.folder} is another model: {'; '.join(differing_fields(checkpoint, model_config))}.")
+
+
+def differing_fields(checkpoint: Checkpoint, model_config: Gemma4Config) -> list[str]:
+    """Fields of the architecture in which a model is not as its checkpoint says; towers may be left out."""
     given, wanted = _fields(checkpoint.config), _fields(model_config)
-    differing = [
+    return [
         f"{field} is {given.get(field)!r}, and {value!r} in the model"
         for field, value in wanted.items()
         if given.get(field) != value
     ]
-    raise InputError(f"{checkpoint.folder} is another model: {'; '.join(differing)}.")
 
 
 def _fields(config: Gemma4Config) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Parameters by dotted path, read piece by piece: from a model in memory, or from a checkpoint that stays on disk."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +47,8 @@ class StateParameters:
 
 
 class CheckpointParameters:
-    """The values in the last checkpoint of a run, of which no more than one slab is in memory at a time.
+    """The values in the last checkpoint of a run, of which no more than two slabs are in memory at a time: the one that
+    was asked for, and the one that follows it, which is read and unpacked meanwhile.
 
     Args of the constructor:
       run_dir: of the run.
@@ -71,17 +73,33 @@ class CheckpointParameters:
             raise InputError(f"checkpoint {self.folder.parent} cannot be read: its list of arrays is missing.")
         self._leaves: dict[str, Any] = flatten_paths(metadata.tree)
         self.shapes: Mapping[str, tuple[int, ...]] = {path: leaf.shape for path, leaf in self._leaves.items()}
+        # An export goes through the arrays in the order of their paths.
+        self._following = dict(itertools.pairwise(sorted(self.shapes)))
         self._held: tuple[str, int, np.ndarray] | None = None
+        self._coming: tuple[str, int, Any] | None = None
 
     def slab(self, path: str, row: int) -> tuple[int, np.ndarray]:
         """As many rows as were written in one piece, and so are read and unpacked in one piece."""
-        chunk = self._leaves[path].storage.chunk_shape
-        rows = chunk[0] if chunk else 1
+        rows = self._rows(path)
         start = row // rows * rows
         if self._held is None or self._held[:2] != (path, start):
+            if self._coming is None or self._coming[:2] != (path, start):
+                self._coming = self._begin_to_read(path, start)
             self._held = None  # before the next one is there
-            kvstore = {"driver": "ocdbt", "base": f"file://{self.folder}/", "path": f"{path}/"}
-            array = tensorstore.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
-            piece = array[start : start + rows] if chunk else array
-            self._held = path, start, piece.read().result()
+            self._held = path, start, self._coming[2].result()
+            is_last = start + rows >= (self.shapes[path] or (1,))[0]
+            next_path = self._following.get(path) if is_last else path
+            next_row = 0 if is_last else start + rows
+            self._coming = None if next_path is None else self._begin_to_read(next_path, next_row)
         return start, self._held[2]
+
+    def _rows(self, path: str) -> int:
+        """Rows of a slab; of an array without axes, one."""
+        chunk = self._leaves[path].storage.chunk_shape
+        return chunk[0] if chunk else 1
+
+    def _begin_to_read(self, path: str, start: int) -> tuple[str, int, Any]:
+        """(path, start, the future of the slab there)."""
+        kvstore = {"driver": "ocdbt", "base": f"file://{self.folder}/", "path": f"{path}/"}
+        array = tensorstore.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
+        return path, start, (array[start : start + self._rows(path)] if array.ndim else array).read()

@@ -4,39 +4,10 @@ import json
 from typing import Any
 
 from gemma4_jax.config import Gemma4Config, VisionConfig
-from gemma4_jax.tokenizer import ROLES, Tokenizer
+from gemma4_jax.tokenizer import NAMES, ROLES, Tokenizer
 
 CARRIED_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 """Files that are carried along untouched if they lie beside the tokenizer.json of a run, as in a released model."""
-
-# What the reference calls the tokens that have a role, and those of the chat format that a vocabulary may lack.
-_NAMES = {
-    "pad_token": ROLES["pad"],
-    "eos_token": ROLES["eos"],
-    "bos_token": ROLES["bos"],
-    "boi_token": ROLES["begin_image"],
-    "image_token": ROLES["image"],
-    "eoi_token": ROLES["end_image"],
-    "boa_token": ROLES["begin_audio"],
-    "audio_token": ROLES["audio"],
-    "eoa_token": ROLES["end_audio"],
-}
-_OPTIONAL_NAMES = {
-    "unk_token": "<unk>",
-    "mask_token": "<mask>",
-    "sot_token": "<|turn>",
-    "eot_token": "<turn|>",
-    "soc_token": "<|channel>",
-    "eoc_token": "<channel|>",
-    "think_token": "<|think|>",
-    "escape_token": '<|"|>',
-    "std_token": "<|tool>",
-    "etd_token": "<tool|>",
-    "stc_token": "<|tool_call>",
-    "etc_token": "<tool_call|>",
-    "str_token": "<|tool_response>",
-    "etr_token": "<tool_response|>",
-}
 
 
 def tokenizer_files(tokenizer: Tokenizer, model_config: Gemma4Config) -> dict[str, bytes]:
@@ -106,8 +77,7 @@ def _tokenizer_config(tokenizer_json: bytes, max_positions: int) -> dict[str, An
     return {
         "tokenizer_class": "GemmaTokenizer",
         "processor_class": "Gemma4Processor",
-        **_NAMES,
-        **{name: token for name, token in _OPTIONAL_NAMES.items() if token in known},
+        **{name: token for name, token in NAMES.items() if token in known},
         "extra_special_tokens": [ROLES["video"]],
         "padding_side": "left",
         "model_max_length": max_positions,

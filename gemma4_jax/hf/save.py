@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from gemma4_jax.config import AudioConfig, Gemma4Config, SpecialTokens, TextConfig, VisionConfig
+from gemma4_jax.config import Gemma4Config
 from gemma4_jax.errors import InputError
 from gemma4_jax.hf.config import generation_config, to_hf
 from gemma4_jax.hf.names import Tensor, tensors
@@ -68,7 +68,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path, *, dtype: str = "float3
             carried = run_dir / CARRIED
             _export(
                 parameters,
-                _architecture(config["model"]),
+                Gemma4Config.from_dict(config["model"]),
                 out_dir,
                 tokenizer=Tokenizer.load(config["tokenizer"]),
                 max_soft_tokens=config["data"]["soft_tokens_per_image"],
@@ -146,19 +146,6 @@ def _run_config(run_dir: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not config.keys() >= {"model", "data", "tokenizer"}:
         raise InputError(f"{path} is not the config of a run.")
     return config
-
-
-def _architecture(model: Mapping[str, Any]) -> Gemma4Config:
-    """The section `model` of a run's config.json."""
-    vision, audio = model["vision"], model["audio"]
-    if audio is not None:
-        audio = AudioConfig(**{**audio, "subsampling_channels": tuple(audio["subsampling_channels"])})
-    return Gemma4Config(
-        text=TextConfig(**model["text"]),
-        vision=None if vision is None else VisionConfig(**vision),
-        audio=audio,
-        tokens=SpecialTokens(**model["tokens"]),
-    )
 
 
 def _export(

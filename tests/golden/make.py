@@ -3,8 +3,9 @@
     python -m tests.golden.make
 
 tensors.json has the name and shape of every tensor in the reference's models of the presets, layers of one shape on
-one line. SIZE.npz has what the reference computes on the small models and documents of tests/hf/samples.py: their
-weights come from a seed and are not stored, and of the logits every fourth is. features.npz has those of a sound.
+one line. generated.json has what the reference writes after the documents of tests/hf/samples.py. SIZE.npz has what
+the reference computes on the small models and documents there: their weights come from a seed and are not stored, and
+of the logits every fourth is. features.npz has those of a sound.
 """
 
 import json
@@ -62,6 +63,20 @@ def write_sizes() -> None:
         )
 
 
+def write_generated() -> None:
+    content = {}
+    for size in samples.OFFICIAL_SIZES:
+        config = samples.shrink(size)
+        model = reference.build(config, samples.restless_weights(config))
+        documents = samples.all_documents(config)
+        content[size] = [reference.generate(model, document, config, samples.NEW_TOKENS) for document in documents]
+    lines = [
+        f'"{size}": [\n' + ",\n".join(json.dumps(tokens) for tokens in written) + "\n]"
+        for size, written in content.items()
+    ]
+    (FOLDER / "generated.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def write_features() -> None:
     extractor = transformers.Gemma4AudioFeatureExtractor()
     (features,) = extractor([sounds.make(np.random.default_rng(3), 4000)], pad_to_multiple_of=None)["input_features"]
@@ -69,6 +84,7 @@ def write_features() -> None:
 
 
 if __name__ == "__main__":
-    write_tensors()
-    write_sizes()
     write_features()
+    write_tensors()
+    write_generated()
+    write_sizes()

@@ -135,3 +135,13 @@ def loss_and_gradients(
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.float().numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def generate(
+    model: Gemma4ForConditionalGeneration, document: samples.Segments, config: Gemma4Config, max_new_tokens: int
+) -> list[int]:
+    """The tokens that the reference writes after one prompt, greedily, whatever they are."""
+    given = _cast(inputs([document], config), model.dtype)
+    with torch.no_grad():
+        out = model.generate(**given, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    return out[0, given["input_ids"].shape[1] :].tolist()

@@ -1,8 +1,17 @@
-"""Whatever is wrong with a command line or a config: one sentence on stderr, exit status 2, nothing done."""
+"""Whatever is wrong with what a command is given: one sentence on stderr, exit status 2, nothing half-done."""
 
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
 import pytest
 
-from gemma4_jax.launch import cli
+from gemma4_jax.launch import cli, run_config
+from gemma4_jax.train.run_dir import open_run_dir
+
+TINY = Path(__file__).parents[1] / "train" / "tiny.py"
 
 MISTAKES = [
     # unknown names
@@ -87,6 +96,7 @@ def assert_one_sentence(captured, status, *parts):
         (["train", "--config"], ["--config is needed"]),
         (["train", "--config=quikstart"], ["--config=quikstart", "the nearest is quickstart"]),
         (["train", "--config=missing.py"], ["missing.py", "no such file"]),
+        (["train", f"--config={'long' * 100}.py"], ["longlong", "name too long"]),
         (["preview", "--config=missing.py"], ["missing.py", "no such file"]),
         (["preview", "--config=base", "--uot=page.html"], ["--uot=page.html", "nearest is --out"]),
         (["trian"], ["'trian'", "train, preview, export"]),
@@ -137,3 +147,103 @@ def test_a_folder_is_not_a_config(capsys, tmp_path):
     (tmp_path / "folder.py").mkdir()
     status = cli.main(["train", f"--config={tmp_path}/folder.py"])
     assert_one_sentence(capsys.readouterr(), status, "folder.py", "is a directory")
+
+
+def train(run_dir: Path, *overrides: str) -> int:
+    return cli.main(["train", f"--config={TINY}", f"--config.run_dir={run_dir}", *overrides])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "/proc/run"])
+def test_a_run_directory_that_cannot_be_written(place, capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    status = train(tmp_path / place)
+    assert_one_sentence(
+        capsys.readouterr(), status, f"run_dir='{tmp_path / place}'", "cannot be written to", "give a folder"
+    )
+    assert contents(tmp_path) == {"file": b"in the way"}
+
+
+def test_a_run_directory_of_a_different_config(capsys, tmp_path):
+    config = run_config.load(TINY)
+    config.run_dir = str(tmp_path / "run")
+    open_run_dir(config)
+    before = contents(tmp_path)
+    status = train(tmp_path / "run", "--config.optimizer.learning_rate=0.5", "--config.data.seed=1")
+    differing = "data.seed was 0 and is now 1; optimizer.learning_rate was 0.003 and is now 0.5"
+    assert_one_sentence(capsys.readouterr(), status, f"({differing})", "another run_dir, or the same config")
+    assert contents(tmp_path) == before
+
+
+def of_lines(path: Path, *records: dict) -> list[str]:
+    """Overrides that train on these records, written to a file of JSON lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [f"--config.data.sources={{'mine': 'jsonl:{path}'}}", "--config.data.mixture={'mine': 1.0}"]
+
+
+def test_an_empty_data_set(capsys, tmp_path):
+    status = train(tmp_path / "run", *of_lines(tmp_path / "empty.jsonl"))
+    assert_one_sentence(capsys.readouterr(), status, f"'jsonl:{tmp_path}/empty.jsonl' has no documents", "leave it out")
+
+
+def test_a_data_set_that_is_not_there(capsys, tmp_path):
+    overrides = of_lines(tmp_path / "mine.jsonl")
+    (tmp_path / "mine.jsonl").unlink()
+    status = train(tmp_path / "run", *overrides)
+    assert_one_sentence(capsys.readouterr(), status, f"'jsonl:{tmp_path}/mine.jsonl' cannot be read", "No such file")
+
+
+def write_images(folder: Path) -> None:
+    """good.png, and broken.png, of which the end is missing."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(file, "PNG")
+    (folder / "good.png").write_bytes(file.getvalue())
+    (folder / "broken.png").write_bytes(file.getvalue()[:-4000])
+
+
+def test_a_data_set_of_which_nothing_can_be_read(capsys, tmp_path):
+    write_images(tmp_path)
+    status = train(tmp_path / "run", *of_lines(tmp_path / "mine.jsonl", {"segments": [{"image": "broken.png"}]}))
+    assert_one_sentence(
+        capsys.readouterr(), status, "100 documents one after another", "mine.jsonl line 1", "cannot be decoded", "PNG"
+    )
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_bad_documents_are_left_out_counted_and_reported(caplog, tmp_path):
+    """A corrupt image, more images than a row has room for, and a text longer than a row; the rest is trained on."""
+    write_images(tmp_path)
+    good, broken = ({"image": f"{name}.png"} for name in ("good", "broken"))
+    records = [{"segments": segments} for segments in ([good], [broken], [good, good, good])]
+    overrides = of_lines(tmp_path / "mine.jsonl", *records, {"text": "x = 1\n" * 100})
+    one_period = ["--config.model.text.num_layers=2", "--config.model.text.num_kv_shared_layers=0"]
+    short = ["--config.train.num_steps=3", "--config.export.at_end=false"]
+    assert train(tmp_path / "run", *overrides, *one_period, *short) == 0
+    counts = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
+    assert counts.keys() == {"documents", "images", "split", "dropped", "unreadable"}
+    assert min(counts.values()) > 0
+    assert f"unreadable {counts['unreadable']}" in (tmp_path / "run" / "report.html").read_text()
+    assert "mine.jsonl line 2: An image file cannot be decoded" in caplog.text
+    assert "mine.jsonl line 3: " in caplog.text
+    assert "data.images_per_row=2" in caplog.text
+
+
+def test_an_export_of_what_is_no_run(capsys, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for run_dir in ("nowhere", "folder"):
+        status = cli.main(["export", str(tmp_path / run_dir), str(tmp_path / "out")])
+        assert_one_sentence(capsys.readouterr(), status, f"{tmp_path / run_dir} is not a run directory")
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_export_of_a_run_without_a_checkpoint(capsys, tmp_path):
+    config = run_config.load(TINY)
+    config.run_dir = str(tmp_path / "run")
+    open_run_dir(config)
+    status = cli.main(["export", config.run_dir, str(tmp_path / "out")])
+    assert_one_sentence(capsys.readouterr(), status, f"{tmp_path / 'run'} holds no checkpoint: train it first")
+    assert not (tmp_path / "out").exists()

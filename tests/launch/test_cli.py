@@ -36,15 +36,16 @@ def test_version(capsys):
 def test_train_hands_over_the_config_and_then_exports(monkeypatch, tmp_path):
     calls = []
     stand_in(monkeypatch, "gemma4_jax.train.loop", train=lambda config, _: calls.append(config.train.num_steps))
-    stand_in(monkeypatch, "gemma4_jax.hf.save", export=lambda *arguments: calls.append(tuple(map(Path, arguments))))
+    exports = {"export_run": lambda run_dir, out_dir, keeps_newer: calls.append((run_dir, out_dir, keeps_newer))}
+    stand_in(monkeypatch, "gemma4_jax.hf.save", **exports)
     base = ["train", "--config=base", "--config.train.num_steps=77", f"--config.run_dir={tmp_path}"]
 
     assert cli.main(base) == 0
-    assert calls == [77, (tmp_path, tmp_path / "export")]
+    assert calls == [77, (str(tmp_path), tmp_path / "export", True)]
 
     calls.clear()
     assert cli.main([*base, "--config.export.dir=elsewhere"]) == 0
-    assert calls == [77, (tmp_path, Path("elsewhere"))]
+    assert calls == [77, (str(tmp_path), "elsewhere", True)]
 
     calls.clear()
     assert cli.main([*base, "--config.export.at_end=false"]) == 0
@@ -59,7 +60,7 @@ def stand_in(monkeypatch, name, **functions):
 
 def test_export_hands_over_its_two_folders(monkeypatch):
     calls = []
-    stand_in(monkeypatch, "gemma4_jax.hf.save", export=lambda *arguments: calls.append(arguments))
+    stand_in(monkeypatch, "gemma4_jax.hf.save", export_run=lambda *places: calls.append(places))
     assert cli.main(["export", "run", "out"]) == 0
     assert calls == [("run", "out")]
 

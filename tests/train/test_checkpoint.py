@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 from gemma4_jax.errors import InputError
 from gemma4_jax.layers import Buffer
+from gemma4_jax.train import checkpoint
 from gemma4_jax.train.checkpoint import Checkpoints
 from gemma4_jax.train.state import TrainState
 
@@ -79,6 +81,20 @@ def test_restores_to_the_sharding_that_is_asked_for(run_dir: Path):
     assert table.sharding == spread
     np.testing.assert_array_equal(table, np.arange(8.0).reshape(4, 2))
     checkpoints.close()
+
+
+def test_no_chunk_is_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "MAX_CHUNK_BYTES", 8)
+    checkpoints, state = Checkpoints(tmp_path, keep=1), make_state()
+    checkpoints.save(1, state, make_iterator())
+    checkpoints.close()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(tmp_path / "checkpoints" / "1" / "model").item_metadata.tree
+    table = metadata["embedder"]["table"]
+    assert table.shape == (4, 2)
+    assert np.prod(table.storage.chunk_shape) * 4 <= 8
+    restored = Checkpoints(tmp_path, keep=1).restore(1, abstract_of(state), make_iterator())
+    np.testing.assert_array_equal(restored.params["embedder"]["table"][...], np.arange(8.0).reshape(4, 2))
 
 
 def test_an_interrupted_save_is_not_seen_and_does_not_stand_in_the_way(run_dir: Path):

@@ -9,7 +9,8 @@ from gemma4_jax.train.loop import train
 
 SUMMARY = [
     "steps", "eval_loss", "eval_exact_match", "eval_exact_match_blank_images", "tokens_per_second",
-    "step_seconds_median", "compile_seconds", "data_wait_share", "packing_efficiency", "peak_rss_bytes", "wall_seconds",
+    "images_per_second", "step_seconds_median", "compile_seconds", "data_wait_share", "packing_efficiency",
+    "peak_rss_bytes", "wall_seconds",
 ]  # fmt: skip
 
 

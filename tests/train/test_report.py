@@ -15,7 +15,7 @@ from gemma4_jax.train.report import summarize, write_report, write_summary
 
 def record(step: int, **fields) -> dict:
     base = {
-        "step": step, "steps": 10, "loss": 1 / step, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 750,
+        "step": step, "steps": 10, "loss": 1 / step, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 750, "images": 6,
         "padding_share": 0.25, "seconds": 2.0, "step_seconds": 0.2, "data_wait_seconds": 0.5,
         "tokens_per_second": 375.0, "expert_load": [[0.4, 0.6], [0.5, 0.5]],
     }  # fmt: skip
@@ -27,6 +27,7 @@ def test_summary_of_records():
     figures = summarize(records)
     assert figures == {
         "tokens_per_second": 437.5,
+        "images_per_second": 3.0,
         "step_seconds_median": 0.2,
         "data_wait_share": 0.25,
         "packing_efficiency": pytest.approx(1750 / 2000),

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from gemma4_jax.errors import InputError
-from gemma4_jax.train.run_dir import open_run_dir, write_atomically
+from gemma4_jax.train.run_dir import open_run_dir
 
 
 def test_keeps_the_config_and_what_it_ran_on(tiny_config):
@@ -55,12 +55,3 @@ def test_a_config_that_is_not_json_is_refused(tiny_config):
     (run_dir / "config.json").write_text('{"name": ')
     with pytest.raises(InputError, match="not JSON"):
         open_run_dir(tiny_config)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \udc00")
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

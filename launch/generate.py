@@ -1,0 +1,77 @@
+"""gemma4 generate MODEL --prompt=TEXT [--image=FILE ...] [--raw] [--max_new_tokens=N] [--temperature=T] [--top_k=K]
+                [--top_p=P] [--seed=S] [--dtype=float32|bfloat16]
+
+Prints what a model writes. MODEL is a folder in Hugging Face's format: a released checkpoint, or an export. The prompt
+is what a user says in a chat, after the images, if the model has a chat template; with --raw, or without a template,
+it is the text that the model goes on from, in which <|image|> stands for each image.
+
+  gemma4 generate gemma-4-E2B-it --prompt="What is this?" --image=cat.png
+  gemma4 generate runs/quickstart/export --prompt="def main(" --temperature=0.7
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from gemma4_jax.errors import InputError
+from gemma4_jax.launch import checks, cli
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Generates from one prompt.
+
+    Raises:
+      InputError: an argument, the model or an image is not acceptable.
+    """
+    model_dir, given = _parse(arguments)
+
+    from gemma4_jax.generation import generate
+    from gemma4_jax.hf.pretrained import load_hf
+
+    model, processor = load_hf(model_dir, dtype=given.pop("dtype"))
+    prompt, images, is_raw = given.pop("prompt"), given.pop("image"), given.pop("raw")
+    if processor.chat_template is not None and not is_raw:
+        parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+        prompt = [{"role": "user", "content": parts}]
+    (text,) = generate(model, processor, prompt, images=images, **given)
+    print(text)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(MODEL, flag -> value)."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("prompt", None, "what the model goes on from", flag_values=values)
+    flags.DEFINE_multi_string("image", [], "an image file", flag_values=values)
+    flags.DEFINE_bool("raw", False, "the prompt is no chat", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 256, "tokens to write at most", flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "draw from the k likeliest", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "draw from the likeliest that reach p", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the draws", flag_values=values)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the model", flag_values=values)
+    try:
+        positional = values(["gemma4", *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = checks.nearest(error.flagname, values)
+        raise InputError(
+            f"--{error.flagname} is not possible: there is no such flag, the nearest is --{near}."
+        ) from error
+    except flags.Error as error:
+        raise InputError(" ".join(str(error).split()).rstrip(" ?.") + ".") from error
+    if len(positional) != 1:
+        raise InputError(f"generate takes one MODEL, and was given {' '.join(positional) or 'none'}.")
+    given = {name: values[name].value for name in values}
+    if given["prompt"] is None:
+        raise InputError('--prompt is needed: what the model goes on from, such as --prompt="Tell me a story."')
+    return positional[0], given
+
+
+def help_text() -> str:
+    """What `gemma4 generate --help` prints."""
+    return (__doc__ or "").strip()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["generate", *sys.argv[1:]]))

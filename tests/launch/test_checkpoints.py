@@ -1,0 +1,160 @@
+"""`gemma4 convert`, `gemma4 generate` and runs that begin from a checkpoint, through the command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import gemma4_jax
+from gemma4_jax.hf.save import CARRIED, export_run
+from gemma4_jax.launch import cli, run_config
+from tests.hf import checkpoints
+
+TINY = Path(__file__).parents[1] / "train" / "tiny.py"
+
+
+@pytest.fixture(scope="module")
+def config():
+    return run_config.model_config(run_config.load(TINY))
+
+
+@pytest.fixture(scope="module")
+def release(config, tmp_path_factory):
+    """A checkpoint of the tiny model, with tensors that the model does not use."""
+    return checkpoints.write_release(tmp_path_factory.mktemp("release") / "in", config)
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capsys, *arguments) -> str:
+    """The one sentence with which a command is refused."""
+    status, _, error = run(capsys, *arguments)
+    assert status == 2
+    assert error.startswith("gemma4: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture(scope="module")
+def converted(release, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "deep" / "out"
+    assert cli.main(["convert", str(release), str(out)]) == 0
+    return out
+
+
+def test_a_converted_checkpoint_comes_back_bit_for_bit(converted, release, tmp_path):
+    assert (converted / CARRIED).exists()
+    assert [path.name for path in converted.parent.iterdir()] == ["out"]
+    export_run(converted, tmp_path / "again")
+    assert checkpoints.stored(tmp_path / "again") == checkpoints.stored(release)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (release / name).read_bytes()
+
+
+def test_convert_refuses(converted, release, tmp_path, capsys):
+    assert "is there already" in refused(capsys, "convert", release, converted)
+    assert "HF_DIR and OUT" in refused(capsys, "convert", release)
+    assert "config.json cannot be read" in refused(capsys, "convert", tmp_path / "nowhere", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_leaves_nothing_half_written(release, tmp_path, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemma4_jax.hf.convert.load_state", stop)
+    assert run(capsys, "convert", release, tmp_path / "out")[0] == 130
+    assert not list(tmp_path.iterdir())
+
+
+def overrides(run_dir: Path, tokenizer: Path, **fields) -> list[str]:
+    given = {"train.num_steps": 1, "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-30} | fields
+    given |= {"run_dir": run_dir, "tokenizer": tokenizer, "optimizer.weight_decay": 0.0, "eval.num_images": 2}
+    return [f"--config={TINY}", *(f"--config.{name}={value}" for name, value in given.items())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["from_hf", "from_run"])
+def test_a_run_that_learns_nothing_exports_what_it_began_from(source, converted, release, tmp_path, capsys):
+    """A learning rate too small to change a float32: so what was trained are the parameters of the checkpoint."""
+    init = {f"init.{source}": release if source == "from_hf" else converted}
+    status, _, error = run(capsys, "train", *overrides(tmp_path / "run", release / "tokenizer.json", **init))
+    assert status == 0, error
+    assert checkpoints.stored(tmp_path / "run" / "export") == checkpoints.stored(release)
+
+
+def test_a_run_of_another_model_is_refused_before_anything_is_written(converted, release, tmp_path, capsys):
+    for source, path in (("from_hf", release), ("from_run", converted)):
+        fields = {f"init.{source}": path, "model.text.mlp_dim": 48, "model.text.sliding_window": 32}
+        error = refused(capsys, "train", *overrides(tmp_path / "run", release / "tokenizer.json", **fields))
+        assert "is another model: " in error
+        assert "text.mlp_dim is 32, and 48 in the model" in error
+        assert "text.sliding_window is 64, and 32 in the model" in error
+    both = {"init.from_hf": release, "init.from_run": converted}
+    assert "init.from_run=" in refused(capsys, "train", *overrides(tmp_path / "run", release, **both))
+    nowhere = {"init.from_run": tmp_path / "nowhere"}
+    assert "holds no checkpoint" in refused(capsys, "train", *overrides(tmp_path / "run", release, **nowhere))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3)).astype(np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_generate(release, picture, capsys):
+    """What is printed is what the Python API gives: a chat by default, and a plain text with --raw."""
+    model, processor = gemma4_jax.load_hf(release)
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    (expected,) = gemma4_jax.generate(
+        model, processor, [{"role": "user", "content": parts}], images=[str(picture)], max_new_tokens=6
+    )
+    status, out, _ = run(capsys, "generate", release, "--prompt=What?", f"--image={picture}", "--max_new_tokens=6")
+    assert (status, out) == (0, expected + "\n")
+
+    options = {"max_new_tokens": 6, "temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 3}
+    (expected,) = gemma4_jax.generate(model, processor, "def <|image|>", images=[str(picture)], **options)
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    status, out, _ = run(capsys, "generate", release, "--raw", "--prompt=def <|image|>", f"--image={picture}", *flags)
+    assert (status, out) == (0, expected + "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "takes one MODEL"),
+        (["a", "b", "--prompt=x"], "takes one MODEL, and was given a b"),
+        (["nowhere", "--prompt=x"], "nowhere/config.json cannot be read"),
+        (["nowhere"], "--prompt is needed"),
+        (["nowhere", "--prompt=x", "--temprature=1"], "the nearest is --temperature"),
+        (["nowhere", "--prompt=x", "--top_k=many"], "top_k"),
+        (["nowhere", "--prompt=x", "--dtype=int8"], "dtype"),
+    ],
+)
+def test_generate_refuses(arguments, reason, capsys):
+    assert reason in refused(capsys, "generate", *arguments)
+
+
+def test_generate_refuses_once_the_model_is_there(release, capsys):
+    error = refused(capsys, "generate", release, "--prompt=x", "--image=/nowhere/x.png")
+    assert "/nowhere/x.png cannot be read" in error
+    assert "temperature=-1.0" in refused(capsys, "generate", release, "--prompt=x", "--temperature=-1")
+
+
+def test_help(capsys):
+    for command in ("convert", "generate"):
+        assert f"gemma4 {command} " in run(capsys, command, "--help")[1]
+
+
+def test_what_convert_wrote_is_plain(converted):
+    content = json.loads((converted / "config.json").read_text())
+    assert content["data"] == {"soft_tokens_per_image": 70}
+    assert Path(content["tokenizer"]) == converted / "tokenizer" / "tokenizer.json"
