@@ -6,8 +6,8 @@
 Data: images composed of real handwritten digits, one to six to an image, interleaved with questions and answers; and
 Python source code as plain text. Both ship with the package.
 Time: at most 5 minutes on 2 CPU cores after installation.
-Result: 52% of 1,024 held-out numbers read exactly, none with the images blanked; short numbers nearly always, those of
-five and six digits seldom. More steps read more.
+Result: about half of 1,024 held-out numbers read exactly, none with the images blanked; short numbers nearly always,
+those of five and six digits seldom.
 Writes: runs/quickstart with report.html, summary.json, metrics.jsonl, checkpoints, and an export for transformers.
 """
 
@@ -22,6 +22,9 @@ def get_config() -> ConfigDict:
     config.name = "quickstart"
     config.run_dir = "runs/quickstart"
 
+    # One layer of the tower learns as much from an image as two, in less time.
+    config.model.vision.num_layers = 1
+
     # A row holds five images and what is asked about them; a step reads about ten.
     config.data.mixture = ConfigDict({"digits": 0.998, "python": 0.002})
     config.data.seq_len = 368
@@ -29,7 +32,7 @@ def get_config() -> ConfigDict:
     config.data.patches_per_row = 1280
     config.data.batch_size = 2
 
-    config.train.num_steps = 2000
+    config.train.num_steps = 1800
     config.train.loss_chunk = config.data.seq_len
     config.optimizer.learning_rate = 6e-3
     config.optimizer.final_learning_rate_fraction = 0.03

@@ -92,7 +92,10 @@ class Processor:
             else:
                 options = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
                 examples.append(self._from_messages(row, row_images, options))
-        return assemble([[example] for example in examples], self._row_shape(examples), self.tokenizer.tokens.image)
+        roles = self.tokenizer.tokens
+        if any(np.isin(example.tokens, (roles.audio, roles.video)).any() for example in examples):
+            raise InputError("an input has a place for a sound or a video: a processor reads texts and images.")
+        return assemble([[example] for example in examples], self._row_shape(examples), roles.image)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens by name."""

@@ -62,13 +62,13 @@ def quickstart() -> Gemma4Config:
     """A Gemma 4 of about a million parameters with every architectural part switched on, for a CPU."""
     text = TextConfig(
         vocab_size=1024, embed_dim=64, mlp_dim=128, num_layers=4, attention_period=2,
-        num_heads=2, num_kv_heads=1, num_global_kv_heads=1, head_dim=32, global_head_dim=64, sliding_window=80,
+        num_heads=4, num_kv_heads=2, num_global_kv_heads=1, head_dim=16, global_head_dim=32, sliding_window=80,
         uses_k_eq_v=True, num_kv_shared_layers=2, uses_double_wide_mlp=True, per_layer_embed_dim=16,
         num_experts=4, num_experts_per_token=2, expert_dim=64,
         image_blocks_bidirectional=True, max_positions=2048,
     )  # fmt: skip
     vision = VisionConfig(
-        embed_dim=64, mlp_dim=128, num_layers=1, num_heads=1, head_dim=32, patch_size=4, pooling_size=2,
+        embed_dim=64, mlp_dim=128, num_layers=2, num_heads=2, head_dim=32, patch_size=4, pooling_size=2,
         num_positions=512, uses_clipped_linears=True, standardizes=True,
     )  # fmt: skip
     return Gemma4Config(text, vision, tokens=BUNDLED_TOKENS)

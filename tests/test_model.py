@@ -25,8 +25,9 @@ def replace(config: Gemma4Config, text=None, vision=None) -> Gemma4Config:
 SMALL = replace(
     quickstart(),
     text={
-        "vocab_size": 40, "embed_dim": 16, "mlp_dim": 12, "head_dim": 8, "global_head_dim": 16, "sliding_window": 5,
-        "per_layer_embed_dim": 4, "expert_dim": 8, "max_positions": 128,
+        "vocab_size": 40, "embed_dim": 16, "mlp_dim": 12, "num_heads": 4, "num_kv_heads": 2, "num_global_kv_heads": 1,
+        "head_dim": 8, "global_head_dim": 16, "sliding_window": 5, "per_layer_embed_dim": 4, "expert_dim": 8,
+        "max_positions": 128,
     },
     vision={"embed_dim": 16, "mlp_dim": 12, "head_dim": 8, "num_positions": 32},
 )  # fmt: skip
@@ -133,7 +134,7 @@ def test_packed_rows_equal_each_document_alone(packed, logits):
     lengths = [len(samples.example(document, SMALL).tokens) for document in DOCUMENTS]
     places = [(0, 0), (0, lengths[0]), (1, 0), (1, lengths[2])]
     for expected, length, (row, start) in zip(alone, lengths, places, strict=True):
-        # float32 sums in another order: the largest measured difference is 1e-6 of the largest logit.
+        # float32 sums in another order: the largest measured difference is MEASURE of the largest logit.
         np.testing.assert_allclose(
             logits[row, start : start + length], expected[:length], rtol=0, atol=1e-5 * np.abs(alone).max()
         )

@@ -18,6 +18,9 @@ from gemma4_jax.hf.processor import CARRIED_FILES
 from gemma4_jax.hf.save import CARRIED
 from gemma4_jax.model import Gemma4
 
+MAX_CHUNK_BYTES = 2**28
+"""The most of an array that is written in one piece, and so read in one piece by an export."""
+
 
 def convert(hf_dir: str | Path, out_dir: str | Path) -> None:
     """Writes checkpoints/0/model (Orbax), config.json, the tokenizer, and the tensors that the model does not use.
@@ -44,7 +47,9 @@ def convert(hf_dir: str | Path, out_dir: str | Path) -> None:
             write_carried(checkpoint, unused, temporary / CARRIED)
         values = load_state(checkpoint, state, checkpoint.config)
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(temporary / "checkpoints" / "0" / "model", nnx.to_pure_dict(values))
+            arrays = nnx.to_pure_dict(values)
+            in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES), arrays)
+            checkpointer.save(temporary / "checkpoints" / "0" / "model", arrays, save_args=in_chunks)
         content = {
             "model": dataclasses.asdict(checkpoint.config),
             "tokenizer": str(out_dir / "tokenizer" / "tokenizer.json"),

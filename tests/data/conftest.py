@@ -44,7 +44,8 @@ def rows_of():
 
     def rows(batch):
         return [
-            SimpleNamespace(**{name: leaf[b] for name, leaf in vars(batch).items()}) for b in range(len(batch.tokens))
+            SimpleNamespace(**{name: leaf[b] for name, leaf in vars(batch).items() if leaf is not None})
+            for b in range(len(batch.tokens))
         ]
 
     return rows

@@ -69,7 +69,7 @@ def test_rows_stop_at_the_most_that_are_shown(batch, tokenizer, model):
 @pytest.mark.parametrize("window", [None, 5, 64])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_the_masks_are_those_of_the_model(batch, window, bidirectional):
-    row = {name: leaf[0] for name, leaf in vars(batch).items()}
+    row = {name: leaf[0] for name, leaf in vars(batch).items() if leaf is not None}
     drawn = attention_mask(row, np.arange(352), window=window, image_blocks_bidirectional=bidirectional)
     sites = Sites(batch.positions[:1], batch.segment_ids[:1], batch.image_ids[:1])
     expected = np.asarray(visible(sites, sites, window=window, image_blocks_bidirectional=bidirectional))[0]

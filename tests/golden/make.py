@@ -3,9 +3,9 @@
     python -m tests.golden.make
 
 tensors.json has the name and shape of every tensor in the reference's models of the presets, layers of one shape on
-one line. generated.json has what the reference writes after the documents of tests/hf/samples.py. SIZE.npz has what
-the reference computes on the small models and documents there: their weights come from a seed and are not stored, and
-of the logits every fourth is. features.npz has those of a sound.
+one line. The others have what the reference makes of the small models and documents of tests/hf/samples.py, whose
+weights come from a seed and are not stored: SIZE.npz what it computes, every fourth of the logits, generated.json what
+it writes after each document, and features.npz the features of a sound.
 """
 
 import json

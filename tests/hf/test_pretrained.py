@@ -123,9 +123,11 @@ def test_a_list_of_conversations_is_a_batch(loaded):
         ({"inputs": "<|image|>", "images": [3]}, "an image cannot be int"),
         ({"inputs": "<|image|>", "images": [np.zeros((4, 4), np.uint8)]}, r"cannot be uint8 \[4, 4\]"),
         ({"inputs": ["a", "b"], "images": [[]]}, "given for 1 inputs, and there are 2"),
-        ({"tokens": [2, 8]}, "1 placeholders, and its 0 images are 0"),
+        ({"tokens": [2, 8]}, "1 placeholders, and its 0 images 0"),
         ({"tokens": [2, -8]}, "rows of token ids"),
         ({"tokens": [2, 99999]}, "99999, and the vocabulary ends at 1023"),
+        ({"inputs": "Listen: <|audio|>"}, "a place for a sound or a video"),
+        ({"tokens": [2, CONFIG.tokens.video]}, "a place for a sound or a video"),
         ({"tokens": [2.5]}, "rows of token ids"),
     ],
 )

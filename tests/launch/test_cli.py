@@ -24,7 +24,7 @@ def test_help_of_a_command_is_short(command, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"gemma4 {command} ")
     assert len(text.splitlines()) <= 25
-    if "--config" in text:
+    if "--config=FILE_OR_NAME" in text:
         assert all(f"  {name} " in text for name in run_config.shipped())
 
 
@@ -36,20 +36,21 @@ def test_version(capsys):
 def test_train_hands_over_the_config_and_then_exports(monkeypatch, tmp_path):
     calls = []
     stand_in(monkeypatch, "gemma4_jax.train.loop", train=lambda config, _: calls.append(config.train.num_steps))
+    stand_in(monkeypatch, "gemma4_jax.train.initialize", check_source=lambda init, _: calls.append(init.from_hf))
     exports = {"export_run": lambda run_dir, out_dir, keeps_newer: calls.append((run_dir, out_dir, keeps_newer))}
     stand_in(monkeypatch, "gemma4_jax.hf.save", **exports)
     base = ["train", "--config=base", "--config.train.num_steps=77", f"--config.run_dir={tmp_path}"]
 
     assert cli.main(base) == 0
-    assert calls == [77, (str(tmp_path), tmp_path / "export", True)]
+    assert calls == ["", 77, (str(tmp_path), tmp_path / "export", True)]
 
     calls.clear()
     assert cli.main([*base, "--config.export.dir=elsewhere"]) == 0
-    assert calls == [77, (str(tmp_path), "elsewhere", True)]
+    assert calls == ["", 77, (str(tmp_path), "elsewhere", True)]
 
     calls.clear()
-    assert cli.main([*base, "--config.export.at_end=false"]) == 0
-    assert calls == [77]
+    assert cli.main([*base, "--config.export.at_end=false", "--config.init.from_hf=release"]) == 0
+    assert calls == ["release", 77]
 
 
 def stand_in(monkeypatch, name, **functions):
