@@ -134,7 +134,7 @@ def test_packed_rows_equal_each_document_alone(packed, logits):
     lengths = [len(samples.example(document, SMALL).tokens) for document in DOCUMENTS]
     places = [(0, 0), (0, lengths[0]), (1, 0), (1, lengths[2])]
     for expected, length, (row, start) in zip(alone, lengths, places, strict=True):
-        # float32 sums in another order: the largest measured difference is MEASURE of the largest logit.
+        # float32 sums in another order: the largest measured difference is 1.5e-6 of the largest logit.
         np.testing.assert_allclose(
             logits[row, start : start + length], expected[:length], rtol=0, atol=1e-5 * np.abs(alone).max()
         )
@@ -146,7 +146,8 @@ def test_the_cap_bounds_logits(packed):
     free, capped = (logits_of(config, packed, embedder=30.0) for config in (uncapped, SMALL))
     assert np.abs(free).max() > 10 * cap
     assert np.abs(capped).max() <= cap
-    np.testing.assert_allclose(capped, cap * np.tanh(free / cap), rtol=1e-5, atol=1e-5)
+    # float32 after a tanh: the largest measured error is 8e-6 where logits are 30.
+    np.testing.assert_allclose(capped, cap * np.tanh(free / cap), rtol=0, atol=5e-5)
 
 
 def test_a_text_batch_needs_no_patches():
@@ -154,7 +155,9 @@ def test_a_text_batch_needs_no_patches():
     assert rows.patches.shape[1] == 0
     images_too = batch_of([[DOCUMENTS[0], DOCUMENTS[1]]])
     length = rows.tokens.shape[1]
-    np.testing.assert_allclose(logits_of(SMALL, rows), logits_of(SMALL, images_too)[:, :length], atol=1e-4)
+    given, expected = logits_of(SMALL, rows), logits_of(SMALL, images_too)[:, :length]
+    # float32 sums in another order: the largest measured difference is 8e-6 where logits are 13.
+    np.testing.assert_allclose(given, expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.slow

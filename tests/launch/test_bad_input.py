@@ -45,7 +45,7 @@ MISTAKES = [
     ("--config.train.compute_dtype=float16", "train.compute_dtype='float16'", "bfloat16"),
     ("--config.data.soft_tokens_per_image=100", "data.soft_tokens_per_image=100", "70, 140, 280, 560, 1120"),
     # impossible combinations
-    ("--config.model.text.num_heads=3", "model.text.num_kv_heads=2", "a divisor of num_heads=3"),
+    ("--config.model.text.num_kv_heads=3", "model.text.num_kv_heads=3", "a divisor of num_heads="),
     ("--config.model.text.num_layers=5", "model.text.num_layers=5", "whole periods"),
     ("--config.data.soft_tokens_per_image=560", "data.seq_len=512", "at least 564"),
     ("--config.data.seq_len=4096", "data.seq_len=4096", "model.text.max_positions=2048"),
