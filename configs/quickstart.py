@@ -24,15 +24,18 @@ def get_config() -> ConfigDict:
 
     # One layer of the tower learns as much from an image as two, in less time.
     config.model.vision.num_layers = 1
+    # Sliding layers see the end of an image from the answer to it, where the number is.
+    config.model.text.sliding_window = 16
 
-    # A row holds five images and what is asked about them; a step reads about ten.
-    config.data.mixture = ConfigDict({"digits": 0.998, "python": 0.002})
-    config.data.seq_len = 368
-    config.data.images_per_row = 5
-    config.data.patches_per_row = 1280
-    config.data.batch_size = 2
+    # A row holds four images of at most 40 soft tokens and what is asked about them; a step reads about a dozen.
+    config.data.mixture = ConfigDict({"digits": 0.98, "python": 0.02})
+    config.data.seq_len = 216
+    config.data.images_per_row = 4
+    config.data.patches_per_row = 640
+    config.data.patches_per_image = 160
+    config.data.batch_size = 3
 
-    config.train.num_steps = 1800
+    config.train.num_steps = 1000
     config.train.loss_chunk = config.data.seq_len
     config.optimizer.learning_rate = 6e-3
     config.optimizer.final_learning_rate_fraction = 0.03

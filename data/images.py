@@ -1,7 +1,10 @@
-"""Image bytes or pixels to patches, as the vision tower reads them."""
+"""Image bytes or pixels to patches, as the vision tower reads them, and back to pixels for people."""
 
+import base64
 import dataclasses
+import html
 import io
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -77,3 +80,18 @@ def join_patches(patches: np.ndarray, positions: np.ndarray, *, patch_size: int)
     grid = np.zeros((rows, columns, patch_size, patch_size, 3), np.uint8)
     grid[positions[:, 1], positions[:, 0]] = patches.reshape(-1, patch_size, patch_size, 3)
     return grid.transpose(0, 2, 1, 3, 4).reshape(rows * patch_size, columns * patch_size, 3)
+
+
+def image_element(pixels: np.ndarray, label: str) -> str:
+    """uint8 [height, width, 3] pixels as an <img> element, enlarged as far as a page has room."""
+    height, width = pixels.shape[:2]
+    scale = max(1, min(round(72 / min(height, width)), 900 // width))
+    source, size = png_source(PIL.Image.fromarray(pixels)), f'width="{width * scale}" height="{height * scale}"'
+    return f'<img src="{source}" {size} style="image-rendering: pixelated" alt="{html.escape(label)}">'
+
+
+def png_source(picture: PIL.Image.Image, **options: Any) -> str:
+    """A picture as the `src` of an <img> element; `options` are those of Pillow's PNG writer."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", **options)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,8 +1,6 @@
 """What a run will train on, as one HTML page: packed rows, their images, their attention masks, their padding."""
 
-import base64
 import html
-import io
 from collections.abc import Iterable
 from importlib import resources
 from itertools import groupby
@@ -15,7 +13,7 @@ import PIL.Image
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.data.assemble import packing_stats
-from gemma4_jax.data.images import join_patches
+from gemma4_jax.data.images import image_element, join_patches, png_source
 from gemma4_jax.data.pipeline import make_train_iterator
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import write_atomically
@@ -27,7 +25,6 @@ MASK_SIDE = 512
 """Positions drawn of a row's attention mask: all of a short row, evenly spaced ones of a longer."""
 
 _NUM_COLOURS = 6
-_SMALLEST_IMAGE_SIDE = 64
 
 _STYLE = resources.files("gemma4_jax.data").joinpath("bundled/preview.css").read_text("utf-8")
 
@@ -158,12 +155,8 @@ def _image(row: dict[str, np.ndarray], image: int, config: Gemma4Config) -> str:
     mine = row["patch_image_ids"] == image
     pixels = join_patches(row["patches"][mine], row["patch_positions"][mine], patch_size=config.vision.patch_size)
     height, width = pixels.shape[:2]
-    scale = max(1, round(_SMALLEST_IMAGE_SIDE / min(height, width)))
     caption = f"{height} x {width}, {np.sum(row['image_ids'] == image)} soft tokens"
-    return (
-        f"<figure><img src='{_png(PIL.Image.fromarray(pixels))}' width={width * scale} height={height * scale} "
-        f"alt='image {image}'><figcaption>{caption}</figcaption></figure>"
-    )
+    return f"<figure>{image_element(pixels, f'image {image}')}<figcaption>{caption}</figcaption></figure>"
 
 
 def attention_mask(
@@ -204,13 +197,7 @@ def _masks(row: dict[str, np.ndarray], config: Gemma4Config) -> str:
         colours[np.triu(mask, 1)] = 3
         picture = PIL.Image.fromarray(colours, "P")
         picture.putpalette([128, 128, 128, 92, 124, 250, 64, 192, 160, 240, 140, 40])
-        source = _png(picture, transparency=0)
+        source = png_source(picture, transparency=0)
         figures.append(f"<figure><img class='mask' src='{source}' alt=''><figcaption>{caption}</figcaption></figure>")
     key = "Queries down, keys across. <b class='k1'>text</b> <b class='k2'>soft tokens</b> <b class='k3'>ahead</b>"
     return f"<aside>{''.join(figures)}<p>{key}</p></aside>"
-
-
-def _png(picture: PIL.Image.Image, **options: Any) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG", **options)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

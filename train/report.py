@@ -1,16 +1,13 @@
 """What a run leaves behind for people: summary.json and report.html, one page that needs nothing else."""
 
-import base64
 import html
-import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
+from gemma4_jax.data.images import image_element
 from gemma4_jax.files import write_atomically
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.charts import heat_map, line_chart
@@ -23,12 +20,12 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #111; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td { padding: 0.1rem 1.2rem 0.1rem 0; } td + td { text-align: right; }
-svg { margin: 0.4rem 0.6rem 0.4rem 0; max-width: 100%; } .title { font-size: 14px; font-weight: 600; }
+svg { margin: 0.4rem 0.6rem 0.4rem 0; max-width: 100%; height: auto; } .title { font-size: 14px; font-weight: 600; }
 .tick { font-size: 11px; fill: #555; } .grid { stroke: #e5e7eb; }
 .samples { display: flex; flex-wrap: wrap; gap: 0.8rem; }
 figure { margin: 0; padding: 0.5rem; border: 2px solid; border-radius: 6px; text-align: center; }
 figure.right { border-color: #059669; } figure.wrong { border-color: #dc2626; }
-img { image-rendering: pixelated; height: 72px; display: block; margin: 0 auto; }
+img { display: block; margin: 0 auto; max-width: 100%; height: auto; }
 figcaption { font: 13px ui-monospace, monospace; white-space: pre; }
 .wrong b { color: #dc2626; } .right b { color: #059669; }
 """
@@ -139,12 +136,9 @@ def _expert_load(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _figure(reading: Reading, tokenizer: Tokenizer) -> str:
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(reading.item.pixels).save(buffer, "PNG")
-    image = base64.b64encode(buffer.getvalue()).decode()
     verdict = "right" if reading.is_right else "wrong"
     read = html.escape(tokenizer.decode(reading.tokens)) or "(nothing)"
     return (
-        f'<figure class="{verdict}"><img alt="held-out image" src="data:image/png;base64,{image}">'
+        f'<figure class="{verdict}">{image_element(reading.item.pixels, "held-out image")}'
         f"<figcaption>truth {html.escape(reading.item.text)}\nread  <b>{read}</b></figcaption></figure>"
     )

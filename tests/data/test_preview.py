@@ -32,7 +32,7 @@ def batch(tokenizer, model):
 
 
 def pictures(page):
-    sources = re.findall(r"src='data:image/png;base64,([^']+)'", page)
+    sources = re.findall(r"src=.data:image/png;base64,([^'\"]+).", page)
     return [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB")) for source in sources]
 
 
