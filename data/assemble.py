@@ -1,10 +1,12 @@
 """Packed rows to a `Batch`, and how full it is."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gemma4_jax.audio.features import num_soft_tokens
 from gemma4_jax.batch import Batch
 from gemma4_jax.data.images import ImagePatches
 from gemma4_jax.data.pack import RowShape
@@ -67,6 +69,35 @@ def _write_images(row: dict[str, np.ndarray], images: Sequence[ImagePatches], im
         row["patch_image_ids"][start:stop] = i + 1
         row["image_patches"][i, : stop - start] = np.arange(start, stop)
         start = stop
+
+
+def add_sounds(batch: Batch, rows: Sequence[Sequence[Example]], audio_token: int) -> Batch:
+    """The batch that was assembled from these rows, with their sounds, each of which gets room for the longest.
+
+    Args:
+      batch: without sounds; it stays as it is if there is nothing to hear.
+      rows: as in `assemble`.
+      audio_token: id of the placeholder.
+    """
+    sounds = [[sound for example in examples for sound in example.sounds] for examples in rows]
+    longest = max((sound for row in sounds for sound in row), key=len, default=())
+    if not len(longest):
+        return batch
+    shape = (len(rows), max(map(len, sounds)))
+    arrays: dict[str, Any] = {
+        "audio_features": np.zeros((*shape, *np.shape(longest)), np.float32),
+        "audio_lengths": np.zeros(shape, np.int32),
+        "audio_slots": np.full(np.shape(batch.tokens), -1, np.int32),
+    }
+    room = num_soft_tokens(len(longest))
+    for b, row in enumerate(sounds):
+        is_soft_token = np.asarray(batch.tokens)[b] == audio_token
+        places = [a * room + np.arange(num_soft_tokens(len(sound))) for a, sound in enumerate(row)]
+        arrays["audio_slots"][b, is_soft_token] = np.concatenate(places) if row else ()
+        for a, sound in enumerate(row):
+            arrays["audio_features"][b, a, : len(sound)] = sound
+            arrays["audio_lengths"][b, a] = len(sound)
+    return dataclasses.replace(batch, **arrays)
 
 
 def packing_stats(batch: Batch) -> dict[str, float]:

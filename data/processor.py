@@ -1,4 +1,4 @@
-"""`Processor`: what a person or a program has at hand, texts, conversations, images or token ids, to a `Batch`."""
+"""`Processor`: what a person or a program has at hand, texts, talks, images, sounds or token ids, to a `Batch`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,19 +8,24 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from gemma4_jax.audio.features import SAMPLE_RATE, log_mel, num_soft_tokens
 from gemma4_jax.batch import Batch
 from gemma4_jax.chat import ChatTemplate
-from gemma4_jax.config import VisionConfig
-from gemma4_jax.data.assemble import assemble
+from gemma4_jax.config import AudioConfig, VisionConfig
+from gemma4_jax.data.assemble import add_sounds, assemble
 from gemma4_jax.data.document import Image
 from gemma4_jax.data.images import ImagePatches
 from gemma4_jax.data.pack import RowShape, size_of
+from gemma4_jax.data.sounds import decode_wav
 from gemma4_jax.data.tokenize import Example, image_patches
 from gemma4_jax.errors import InputError
 from gemma4_jax.tokenizer import Tokenizer
 
 ImageInput = np.ndarray | PIL.Image.Image | bytes | str | Path
 """An image: pixels uint8 [height, width, 3], a Pillow image, the bytes of a file, or the path of one."""
+
+AudioInput = np.ndarray | bytes | str | Path
+"""A sound: [n] floats, mono, 16,000 a second, within -1 and 1; the bytes of a WAV file, or the path of one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Processor:
       chat_template: of the model; None if it has none.
       stop_tokens: ids that end what the model writes.
       source: the folder that it was loaded from, and in which tensors lie that the model does not use.
+      audio: of the model; None if it hears nothing.
     """
 
     tokenizer: Tokenizer
@@ -42,12 +48,14 @@ class Processor:
     chat_template: ChatTemplate | None = None
     stop_tokens: tuple[int, ...] = ()
     source: Path | None = None
+    audio: AudioConfig | None = None
 
     def __call__(
         self,
         inputs: str | Sequence[Any] | None = None,
         *,
         images: Sequence[Any] | None = None,
+        audios: Sequence[Any] | None = None,
         tokens: Sequence[Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
@@ -57,18 +65,20 @@ class Processor:
 
         Args:
           inputs: a text, a conversation (a list of messages, see `ChatTemplate.encode`), or a list of either. In a text
-            the names of special tokens are these tokens, <|image|> stands for an image, and <bos> is put before it if
-            it is not there. An image of a conversation stands in its message, {"type": "image", "image": ...}, or
-            among `images`.
+            the names of special tokens are these tokens, <|image|> stands for an image and <|audio|> for a sound, and
+            <bos> is put before it if it is not there. An image of a conversation stands in its message,
+            {"type": "image", "image": ...}, or among `images`; a sound, {"type": "audio", "audio": ...}, or among
+            `audios`.
           images: those of the one input in order, or for a list of inputs a list of such lists. See `ImageInput`.
+          audios: sounds, likewise. See `AudioInput`.
           tokens: instead of `inputs`: token ids, or a list of such rows, taken as they are; every soft token of an
-            image has its placeholder.
+            image or a sound has its placeholder.
           tools, add_generation_prompt, variables: of conversations, see `ChatTemplate.encode`.
         Returns:
           Batch of numpy arrays. Loss weights are 1 where the model's part of a conversation would be predicted, and on
           every token of texts and `tokens` but the first; on placeholders never.
         Raises:
-          InputError: an input or an image cannot be read, or they do not belong together.
+          InputError: an input, an image or a sound cannot be read, or they do not belong together.
         """
         if (inputs is None) == (tokens is None):
             raise InputError("a processor takes inputs or tokens: give one of them.")
@@ -77,79 +87,109 @@ class Processor:
         rows = [given] if is_single else list(given)
         if not rows:
             raise InputError("there is no input: give at least one.")
-        if images is None:
-            images_of_rows: list[Any] = [None] * len(rows)
-        else:
-            images_of_rows = [images] if is_single else list(images)
-        if len(images_of_rows) != len(rows):
-            raise InputError(f"images are given for {len(images_of_rows)} inputs, and there are {len(rows)}.")
+        media = [
+            _of_rows(name, those, len(rows), is_single=is_single)
+            for name, those in (("images", images), ("audios", audios))
+        ]
         examples = []
-        for row, row_images in zip(rows, images_of_rows, strict=True):
+        for row, row_images, row_audios in zip(rows, *media, strict=True):
             if tokens is not None:
-                examples.append(self._from_tokens(row, row_images or ()))
+                examples.append(self._from_tokens(row, row_images or (), row_audios or ()))
             elif isinstance(row, str):
-                examples.append(self._from_text(row, row_images or ()))
+                examples.append(self._from_text(row, row_images or (), row_audios or ()))
             else:
                 options = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
-                examples.append(self._from_messages(row, row_images, options))
+                examples.append(self._from_messages(row, row_images, row_audios, options))
         roles = self.tokenizer.tokens
-        if any(np.isin(example.tokens, (roles.audio, roles.video)).any() for example in examples):
-            raise InputError("an input has a place for a sound or a video: a processor reads texts and images.")
-        return assemble([[example] for example in examples], self._row_shape(examples), roles.image)
+        if any(np.isin(example.tokens, roles.video).any() for example in examples):
+            raise InputError("an input has a place for a video: a processor reads texts, images and sounds.")
+        batch_rows = [[example] for example in examples]
+        return add_sounds(assemble(batch_rows, self._row_shape(examples), roles.image), batch_rows, roles.audio)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens by name."""
         return self.tokenizer.decode(list(tokens))
 
-    def _from_text(self, text: str, images: Sequence[ImageInput]) -> Example:
+    def _from_text(self, text: str, images: Sequence[ImageInput], audios: Sequence[AudioInput]) -> Example:
         ids, _ = self.tokenizer.encode_with_offsets(text, reads_special_tokens=True)
         if ids[:1] != [self.tokenizer.tokens.bos]:
             ids = [self.tokenizer.tokens.bos, *ids]
-        return self._expand(ids, [False] + [True] * (len(ids) - 1), images)
+        return self._expand(ids, [False] + [True] * (len(ids) - 1), images, audios)
 
-    def _from_messages(self, messages: Any, images: Sequence[ImageInput] | None, options: Mapping[str, Any]) -> Example:
+    def _from_messages(
+        self,
+        messages: Any,
+        images: Sequence[ImageInput] | None,
+        audios: Sequence[AudioInput] | None,
+        options: Mapping[str, Any],
+    ) -> Example:
         if self.chat_template is None:
             raise InputError("the model has no chat template (chat_template.jinja): give texts or tokens.")
-        inside = [image for message in messages for image in _images_of(message)]
-        if inside and images is not None:
-            raise InputError("images are given both inside the messages and beside them: give each image once.")
+        images, audios = (
+            _inside_or_beside(messages, kind, beside) for kind, beside in (("image", images), ("audio", audios))
+        )
         ids, carries_loss = self.chat_template.encode(messages, **options)
-        return self._expand(ids, carries_loss, inside if images is None else images)
+        return self._expand(ids, carries_loss, images, audios)
 
-    def _from_tokens(self, tokens: Any, images: Sequence[ImageInput]) -> Example:
+    def _from_tokens(self, tokens: Any, images: Sequence[ImageInput], audios: Sequence[AudioInput]) -> Example:
         ids = np.asarray(tokens)
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or ids.min() < 0:
             raise InputError(f"tokens must be rows of token ids, and one is {tokens!r:.100}.")
         if ids.max() >= self.tokenizer.vocab_size:
             raise InputError(f"tokens hold {ids.max()}, and the vocabulary ends at {self.tokenizer.vocab_size - 1}.")
-        patches = tuple(self._patches(image) for image in images)
-        is_placeholder = ids == self.tokenizer.tokens.image
-        wanted = sum(image.num_soft_tokens for image in patches)
-        if is_placeholder.sum() != wanted:
-            raise InputError(
-                f"a row has {is_placeholder.sum()} placeholders, and its {len(patches)} images {wanted} soft tokens."
-            )
-        return Example(ids.astype(np.int32), ~is_placeholder, patches, "tokens")
-
-    def _expand(self, ids: list[int], carries_loss: list[bool], images: Sequence[ImageInput]) -> Example:
-        """Puts in place of each <|image|> what stands for the soft tokens of its image."""
+        patches, sounds = tuple(map(self._patches, images)), tuple(map(self._sound, audios))
         roles = self.tokenizer.tokens
-        if ids.count(roles.image) != len(images):
-            raise InputError(f"an input has {ids.count(roles.image)} places for images, and {len(images)} are given.")
-        patches = tuple(self._patches(image) for image in images)
-        coming = iter(patches)
+        media = (
+            ("images", roles.image, [image.num_soft_tokens for image in patches]),
+            ("sounds", roles.audio, [num_soft_tokens(len(sound)) for sound in sounds]),
+        )
+        for name, token, sizes in media:
+            if (placeholders := np.sum(ids == token)) != sum(sizes):
+                raise InputError(
+                    f"a row has {placeholders} placeholders, and its {len(sizes)} {name} {sum(sizes)} soft tokens."
+                )
+        carries_loss = (ids != roles.image) & (ids != roles.audio)
+        return Example(ids.astype(np.int32), carries_loss, patches, "tokens", sounds)
+
+    def _expand(
+        self,
+        ids: list[int],
+        carries_loss: list[bool],
+        images: Sequence[ImageInput],
+        audios: Sequence[AudioInput],
+    ) -> Example:
+        """Puts in place of each <|image|> and <|audio|> what stands for the soft tokens of its image or sound."""
+        roles = self.tokenizer.tokens
+        for name, token, given in (("images", roles.image, images), ("sounds", roles.audio, audios)):
+            if ids.count(token) != len(given):
+                raise InputError(f"an input has {ids.count(token)} places for {name}, and {len(given)} are given.")
+        patches, sounds = tuple(map(self._patches, images)), tuple(map(self._sound, audios))
+        sizes = {
+            roles.image: iter([image.num_soft_tokens for image in patches]),
+            roles.audio: iter([num_soft_tokens(len(sound)) for sound in sounds]),
+        }
+        marks = {
+            roles.image: (roles.begin_image, roles.end_image),
+            roles.audio: (roles.begin_audio, roles.end_audio),
+        }
         tokens: list[int] = []
         mask: list[bool] = []
         for token, is_ours in zip(ids, carries_loss, strict=True):
             run = [token]
-            if token == roles.image:
-                run = [roles.begin_image, *[roles.image] * next(coming).num_soft_tokens, roles.end_image]
+            if token in marks:
+                begin, end = marks[token]
+                run = [begin, *[token] * next(sizes[token]), end]
             tokens += run
-            mask += [is_ours and token != roles.image] * len(run)
-        return Example(np.array(tokens, np.int32), np.array(mask), patches, "input")
+            mask += [is_ours and token not in marks] * len(run)
+        return Example(np.array(tokens, np.int32), np.array(mask), patches, "input", sounds)
 
     def _patches(self, image: ImageInput) -> ImagePatches:
         return image_patches(Image(_content(image)), self.vision, self.max_soft_tokens)
+
+    def _sound(self, audio: AudioInput) -> np.ndarray:
+        if self.audio is None:
+            raise InputError("The model has no audio tower (model.audio is empty), so it cannot hear sounds.")
+        return log_mel(_samples(audio), self.audio.num_mel_bins)
 
     def _row_shape(self, examples: Sequence[Example]) -> RowShape:
         """The smallest that holds every example."""
@@ -169,11 +209,24 @@ def _is_single(given: Any) -> bool:
     )
 
 
-def _images_of(message: Any) -> list[ImageInput]:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list | tuple) else []
-    images = [part["image"] for part in parts if part.get("type") == "image" and "image" in part]
-    return images
+def _of_rows(name: str, given: Sequence[Any] | None, num_rows: int, *, is_single: bool) -> list[Any]:
+    """The images or sounds of every row; None where none are given."""
+    if given is None:
+        return [None] * num_rows
+    rows = [given] if is_single else list(given)
+    if len(rows) != num_rows:
+        raise InputError(f"{name} are given for {len(rows)} inputs, and there are {num_rows}.")
+    return rows
+
+
+def _inside_or_beside(messages: Any, kind: str, beside: Sequence[Any] | None) -> Sequence[Any]:
+    """The images or sounds of a conversation: inside its messages, or else those beside them."""
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+    inside = [part[kind] for part in parts if isinstance(part, Mapping) and part.get("type") == kind and kind in part]
+    if inside and beside is not None:
+        raise InputError(f"{kind}s are given both inside the messages and beside them: give each {kind} once.")
+    return inside if beside is None else beside
 
 
 def _content(image: ImageInput) -> np.ndarray | bytes:
@@ -181,10 +234,7 @@ def _content(image: ImageInput) -> np.ndarray | bytes:
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | Path):
-        try:
-            return Path(image).read_bytes()
-        except OSError as error:
-            raise InputError(f"image {image} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+        return _read("image", image)
     if isinstance(image, PIL.Image.Image):
         return np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
@@ -193,3 +243,24 @@ def _content(image: ImageInput) -> np.ndarray | bytes:
     raise InputError(
         f"an image cannot be {what}: give uint8 pixels [height, width, 3], a Pillow image, or a file's bytes or path."
     )
+
+
+def _samples(audio: AudioInput) -> np.ndarray:
+    """[n] floats; `log_mel` judges what an array holds."""
+    if isinstance(audio, str | Path):
+        audio = _read("sound", audio)
+    if isinstance(audio, bytes):
+        return decode_wav(audio)
+    if isinstance(audio, np.ndarray):
+        return audio
+    raise InputError(
+        f"a sound cannot be {type(audio).__name__}: give [n] floats, {SAMPLE_RATE} a second, or a WAV file's bytes or "
+        "path."
+    )
+
+
+def _read(what: str, path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read: {(error.strerror or str(error)).lower()}.") from error

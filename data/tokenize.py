@@ -21,12 +21,14 @@ class Example:
       carries_loss: [n] bool, whether the model learns to predict the token.
       images: in the order of their placeholders.
       name: of the document.
+      sounds: in the order of their placeholders, [F, M] log-mel features of each.
     """
 
     tokens: np.ndarray
     carries_loss: np.ndarray
     images: tuple[ImagePatches, ...]
     name: str
+    sounds: tuple[np.ndarray, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from gemma4_jax.audio.features import num_soft_tokens
 from gemma4_jax.batch import Batch
 from gemma4_jax.errors import InputError
 from gemma4_jax.model import Gemma4
@@ -40,24 +41,24 @@ class PromptProcessor(Protocol):
     def stop_tokens(self) -> tuple[int, ...]: ...
 
     def __call__(
-        self, inputs: Any, *, images: Any = None, add_generation_prompt: bool = False, **chat: Any
+        self, inputs: Any, *, images: Any = None, audios: Any = None, add_generation_prompt: bool = False, **chat: Any
     ) -> Batch: ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
 
 class Sampler(NamedTuple):
-    """How the next token is drawn; scalars.
+    """How the next token is drawn; scalars, which apply one after the other.
 
     Attributes:
       temperature: divides the logits, above 0.
-      top_k: only the k likeliest tokens are drawn from.
-      top_p: of those only the likeliest that together reach this probability, the one that reaches it included.
+      top_k: only the k likeliest tokens are drawn from, and those as likely as the k-th.
+      cut: of those, the unlikeliest that together have no more than this probability are left out; 1 - top_p.
     """
 
     temperature: jax.Array
     top_k: jax.Array
-    top_p: jax.Array
+    cut: jax.Array
 
 
 def generate(
@@ -66,6 +67,7 @@ def generate(
     prompts: Any,
     *,
     images: Any = None,
+    audios: Any = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -79,7 +81,7 @@ def generate(
       model: on any mesh.
       processor: of the model, from `load_hf`.
       prompts: a text or a conversation, or a list of them, as `processor` takes them.
-      images: of the prompts, as `processor` takes them.
+      images, audios: of the prompts, as `processor` takes them.
       max_new_tokens, temperature, top_k, top_p, seed: as in `generate_tokens`.
       chat: variables of the chat template, and `tools`.
     Returns:
@@ -87,7 +89,7 @@ def generate(
     Raises:
       InputError: a prompt or an argument is not acceptable.
     """
-    batch = processor(prompts, images=images, add_generation_prompt=True, **chat)
+    batch = processor(prompts, images=images, audios=audios, add_generation_prompt=True, **chat)
     written = generate_tokens(
         model,
         batch,
@@ -120,7 +122,7 @@ def generate_tokens(
       max_new_tokens: tokens to write at most, for each prompt.
       stop_tokens: ids that end an answer.
       temperature: 0 takes the likeliest token each time; above 0 draws from softmax(logits / temperature).
-      top_k: draw from the k likeliest tokens only; 0 is no limit.
+      top_k: draw from the k likeliest tokens only, and those as likely as the k-th; 0 is no limit.
       top_p: of those, from the likeliest that together reach this probability; 1 is no limit.
       seed: of the draws.
     Returns:
@@ -143,7 +145,7 @@ def generate_tokens(
     sampler = None
     if temperature:
         k = top_k or model.config.text.vocab_size
-        sampler = Sampler(jnp.float32(temperature), jnp.int32(k), jnp.float32(top_p))
+        sampler = Sampler(jnp.float32(temperature), jnp.int32(k), jnp.float32(1 - top_p))
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         written = _write(
             graphdef,
@@ -210,6 +212,12 @@ def _pad(prompts: Batch, *, rows: int, model: Gemma4) -> Batch:
         sizes |= dict.fromkeys(_PATCH_FIELDS, (_round_up(num_patches // cell) * cell,))
         _, images, longest = arrays["image_patches"].shape
         sizes["image_patches"] = (1 << (images - 1).bit_length(), _round_up(longest))
+    if "audio_features" in arrays:
+        _, sounds, frames, _ = arrays["audio_features"].shape
+        sizes["audio_features"] = (1 << (sounds - 1).bit_length(), _round_up(frames))
+        sizes["audio_lengths"] = sizes["audio_features"][:1]
+        slots, room, new_room = arrays["audio_slots"], *(num_soft_tokens(n) for n in (frames, _round_up(frames)))
+        arrays["audio_slots"] = np.where(slots < 0, -1, slots // room * new_room + slots % room).astype(np.int32)
 
     def grow(name: str, array: np.ndarray) -> Any:
         shape = (rows, *sizes.get(name, ()))
@@ -318,10 +326,16 @@ def _choose(logits: jax.Array, sampler: Sampler | None, key: jax.Array) -> jax.A
     """[B, V] logits -> [B] int32 tokens; the likeliest without a sampler."""
     if sampler is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / sampler.temperature
-    ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampler.top_k, ranked, -jnp.inf)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
-    rank = jax.random.categorical(key, jnp.where(likelier < sampler.top_p, ranked, -jnp.inf), axis=-1)
-    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return jax.random.categorical(key, _filter(logits, sampler), axis=-1).astype(jnp.int32)
+
+
+def _filter(logits: jax.Array, sampler: Sampler) -> jax.Array:
+    """[B, V] logits over the temperature, minus infinity for tokens that are not drawn. As transformers does it."""
+    logits = logits / sampler.temperature
+    order = jnp.argsort(logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)  # the likeliest last
+    weakest = jnp.take(ranked, jnp.maximum(ranked.shape[-1] - sampler.top_k, 0), axis=-1)
+    ranked = jnp.where(ranked < weakest[:, None], -jnp.inf, ranked)
+    is_drawn = (jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) > sampler.cut).at[:, -1].set(True)
+    kept = jnp.where(is_drawn, ranked, -jnp.inf)
+    return jnp.put_along_axis(logits, order, kept, axis=-1, inplace=False)

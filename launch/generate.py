@@ -1,9 +1,10 @@
-"""gemma4 generate MODEL --prompt=TEXT [--image=FILE ...] [--raw] [--max_new_tokens=N] [--temperature=T] [--top_k=K]
-                [--top_p=P] [--seed=S] [--dtype=float32|bfloat16]
+"""gemma4 generate MODEL --prompt=TEXT [--image=FILE ...] [--audio=FILE ...] [--raw] [--max_new_tokens=N]
+                [--temperature=T] [--top_k=K] [--top_p=P] [--seed=S] [--dtype=float32|bfloat16]
 
 Prints what a model writes. MODEL is a folder in Hugging Face's format: a released checkpoint, or an export. The prompt
-is what a user says in a chat, after the images, if the model has a chat template; with --raw, or without a template,
-it is the text that the model goes on from, in which <|image|> stands for each image.
+is what a user says in a chat, after the images and sounds, if the model has a chat template; with --raw, or without a
+template, it is the text that the model goes on from, in which <|image|> stands for each image and <|audio|> for each
+sound. Sounds are WAV files of 16 bits and 16,000 samples a second.
 
   gemma4 generate gemma-4-E2B-it --prompt="What is this?" --image=cat.png
   gemma4 generate runs/quickstart/export --prompt="def main(" --temperature=0.7
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     """Generates from one prompt.
 
     Raises:
-      InputError: an argument, the model or an image is not acceptable.
+      InputError: an argument, the model, an image or a sound is not acceptable.
     """
     model_dir, given = _parse(arguments)
 
@@ -31,11 +32,11 @@ def main(arguments: Sequence[str]) -> None:
     from gemma4_jax.hf.pretrained import load_hf
 
     model, processor = load_hf(model_dir, dtype=given.pop("dtype"))
-    prompt, images, is_raw = given.pop("prompt"), given.pop("image"), given.pop("raw")
+    prompt, images, audios, is_raw = (given.pop(name) for name in ("prompt", "image", "audio", "raw"))
     if processor.chat_template is not None and not is_raw:
-        parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-        prompt = [{"role": "user", "content": parts}]
-    (text,) = generate(model, processor, prompt, images=images, **given)
+        media = [*({"type": "image"} for _ in images), *({"type": "audio"} for _ in audios)]
+        prompt = [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
+    (text,) = generate(model, processor, prompt, images=images, audios=audios, **given)
     print(text)
 
 
@@ -44,6 +45,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     values = flags.FlagValues()
     flags.DEFINE_string("prompt", None, "what the model goes on from", flag_values=values)
     flags.DEFINE_multi_string("image", [], "an image file", flag_values=values)
+    flags.DEFINE_multi_string("audio", [], "a WAV file", flag_values=values)
     flags.DEFINE_bool("raw", False, "the prompt is no chat", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 256, "tokens to write at most", flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)

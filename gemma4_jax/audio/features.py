@@ -39,23 +39,25 @@ def log_mel(samples: np.ndarray, num_bins: int) -> np.ndarray:
       samples: [n] floats, mono, 16,000 a second, usually within -1 and 1.
       num_bins: M, mel bands; `AudioConfig.num_mel_bins`.
     Returns:
-      [F, M] float32, F = num_frames(n).
+      [F, M] float32, F = num_frames(n): none at all of a sound of 10 ms, as with the reference.
     Raises:
-      InputError: the sound is not a row of finite numbers, too short for one frame, or longer than 30 s.
+      InputError: the sound is not a row of finite numbers, is empty, or longer than 30 s.
     """
     samples = np.asarray(samples)
     if samples.ndim != 1 or samples.dtype.kind != "f":
         raise InputError(
             f"A sound of shape {samples.shape} and dtype {samples.dtype} is not possible: give [n] floats."
         )
-    if not num_frames(len(samples)) or len(samples) > MAX_SAMPLES:
+    if not 0 < len(samples) <= MAX_SAMPLES:
         raise InputError(
-            f"A sound of {len(samples)} samples is not possible: it must have {_HOP + 1} to {MAX_SAMPLES} "
+            f"A sound of {len(samples)} samples is not possible: it must have 1 to {MAX_SAMPLES} "
             f"({MAX_SAMPLES // SAMPLE_RATE} s at {SAMPLE_RATE} a second); cut a longer one."
         )
     samples = samples.astype(np.float32)
     if not np.isfinite(samples).all():
         raise InputError("A sound holds samples that are not finite numbers: it is damaged.")
+    if not num_frames(len(samples)):
+        return np.zeros((0, num_bins), np.float32)
     padded = np.pad(samples, (_FRAME // 2, 0))
     frames = np.lib.stride_tricks.sliding_window_view(padded[:-1], _FRAME)[::_HOP]
     magnitudes = np.abs(np.fft.rfft(frames * _window(), n=_FFT))

@@ -110,6 +110,7 @@ def load_processor(folder: Path, config: Gemma4Config) -> Processor:
         chat_template=None if source is None else ChatTemplate(source, tokenizer),
         stop_tokens=_stop_tokens(folder, tokenizer),
         source=folder,
+        audio=config.audio,
     )
 
 

@@ -12,7 +12,10 @@ from tests.hf import sounds
 GOLDEN = Path(__file__).parents[1] / "golden" / "features.npz"
 
 # Samples, frames, soft tokens: the arithmetic of the reference's processor.
-LENGTHS = [(161, 1, 1), (320, 1, 1), (321, 2, 1), (480, 2, 1), (800, 4, 1), (801, 5, 2), (16_000, 99, 25)]
+LENGTHS = [
+    (1, 0, 0), (160, 0, 0), (161, 1, 1), (320, 1, 1), (321, 2, 1), (480, 2, 1), (800, 4, 1), (801, 5, 2),
+    (16_000, 99, 25),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("num_samples", "frames", "soft_tokens"), [*LENGTHS, (MAX_SAMPLES, 2999, 750)])
@@ -43,7 +46,7 @@ def test_silence_is_the_floor():
 @pytest.mark.parametrize(
     ("samples", "reason"),
     [
-        (np.zeros(160), r"160 samples .* 161 to 480000 \(30 s"),
+        (np.zeros(0), r"0 samples .* 1 to 480000 \(30 s"),
         (np.zeros(MAX_SAMPLES + 1), "480001 samples .* cut a longer one"),
         (np.zeros((2, 400)), r"shape \(2, 400\)"),
         (np.zeros(400, np.int16), "dtype int16"),

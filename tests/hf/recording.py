@@ -45,22 +45,25 @@ def _recorded(layer: type[nnx.Module]) -> Iterator[list[np.ndarray]]:
         yield found
 
 
-def in_reference_order(stack: str, ours: np.ndarray, batch: Batch, row: int) -> np.ndarray:
-    """[..., D] of one row of a batch as the reference lays out a document: tokens, patches in raster order, sounds.
+def in_reference_order(stack: str, ours: np.ndarray, batch: Batch, row: int, document: int = 1) -> np.ndarray:
+    """[..., D] of one document as the reference lays it out: tokens, patches in raster order, sounds.
 
     Args:
       stack: key of STACKS.
       ours: hidden states after one of its layers.
       batch: what they were computed from.
-      row: which row of it; it holds one document.
+      row, document: which row of it, and which document of the row, from 1.
     """
     batch = jax.tree.map(np.asarray, batch)
+    is_here = batch.segment_ids[row] == document
     if stack == "decoder":
-        return ours[row, batch.segment_ids[row] > 0]
+        return ours[row, is_here]
     if stack == "audio":
         sounds = ours.reshape(*batch.audio_lengths.shape, *ours.shape[1:])[row]
-        lengths = -(-batch.audio_lengths[row] // 4)
-        return np.concatenate([sound[:length] for sound, length in zip(sounds, lengths, strict=True)])
+        slots, room = batch.audio_slots[row, is_here], -(-batch.audio_features.shape[2] // 4)
+        slots = slots[slots >= 0]
+        return sounds[slots // room, slots % room]
     image_ids, positions = batch.patch_image_ids[row], batch.patch_positions[row]
     order = np.lexsort((positions[:, 0], positions[:, 1], image_ids))
-    return ours[row, order[image_ids[order] > 0]]
+    images = np.setdiff1d(batch.image_ids[row, is_here], [0])
+    return ours[row, order[np.isin(image_ids[order], images)]]

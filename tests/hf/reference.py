@@ -69,18 +69,23 @@ def logits(
     model: Gemma4ForConditionalGeneration, documents: Sequence[samples.Segments], config: Gemma4Config
 ) -> list[np.ndarray]:
     """[T, V] logits of every document, padding cut off."""
-    given = inputs(documents, config)
-    with torch.no_grad():
-        out = model(**_cast(given, model.dtype), use_cache=False).logits.float().numpy()
-    return [row[mask] for row, mask in zip(out, given["attention_mask"].bool().numpy(), strict=True)]
+    return logits_and_layers(model, documents, config)[0]
 
 
 def layers(
     model: Gemma4ForConditionalGeneration, documents: Sequence[samples.Segments], config: Gemma4Config
 ) -> dict[str, list[np.ndarray]]:
     """[..., D] hidden states after every layer of each stack that the documents run through, padding left out."""
+    return logits_and_layers(model, documents, config)[1]
+
+
+def logits_and_layers(
+    model: Gemma4ForConditionalGeneration, documents: Sequence[samples.Segments], config: Gemma4Config
+) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """What `logits` and `layers` give, of one batch of documents."""
     given = inputs(documents, config)
-    kept = {"decoder": (model.model.language_model.layers, given["attention_mask"].bool())}
+    is_token = given["attention_mask"].bool()
+    kept = {"decoder": (model.model.language_model.layers, is_token)}
     if "pixel_values" in given:
         kept["vision"] = (model.model.vision_tower.encoder.layers, (given["image_position_ids"] >= 0).all(-1))
     if "input_features" in given:
@@ -94,10 +99,11 @@ def layers(
         return hook
 
     hooks = [layer.register_forward_hook(keep(name, mask)) for name, (stack, mask) in kept.items() for layer in stack]
-    logits(model, documents, config)
+    with torch.no_grad():
+        out = model(**_cast(given, model.dtype), use_cache=False).logits.float()
     for hook in hooks:
         hook.remove()
-    return found
+    return [row[mask].numpy() for row, mask in zip(out, is_token, strict=True)], found
 
 
 @contextlib.contextmanager
@@ -122,14 +128,17 @@ def _cast(given: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, to
 def loss_and_gradients(
     model: Gemma4ForConditionalGeneration, documents: Sequence[samples.Segments], config: Gemma4Config
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """Mean cross entropy over the loss weights of the documents, and its gradient for every parameter by name."""
+    """Mean cross entropy over the loss weights of the documents, and its gradient for every parameter by name.
+
+    Parameters that the documents do not run through are left out.
+    """
     model.zero_grad()
     rows = [samples.batch([[document]], config) for document in documents]
     total_weight = sum(row.loss_weights.sum() for row in rows)
     total = 0.0
     for document, row in zip(documents, rows, strict=True):  # one by one: padding is not its concern
         given = _cast(inputs([document], config), model.dtype)
-        logits = model(**given, use_cache=False).logits[0]
+        logits = model(**given, use_cache=False).logits[0].float()
         losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(row.targets[0]).long(), reduction="none")
         loss = (losses * torch.from_numpy(row.loss_weights[0])).sum() / total_weight
         loss.backward()
@@ -141,7 +150,12 @@ def generate(
     model: Gemma4ForConditionalGeneration, document: samples.Segments, config: Gemma4Config, max_new_tokens: int
 ) -> list[int]:
     """The tokens that the reference writes after one prompt, greedily, whatever they are."""
-    given = _cast(inputs([document], config), model.dtype)
+    return go_on(model, inputs([document], config), max_new_tokens)
+
+
+def go_on(model: Gemma4ForConditionalGeneration, given: Mapping[str, Any], max_new_tokens: int) -> list[int]:
+    """`generate`, from the arguments of the reference for one prompt."""
+    tensors = _cast({name: torch.as_tensor(array) for name, array in given.items()}, model.dtype)
     with torch.no_grad():
-        out = model.generate(**given, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    return out[0, given["input_ids"].shape[1] :].tolist()
+        out = model.generate(**tensors, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    return out[0, tensors["input_ids"].shape[1] :].tolist()

@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 
 from gemma4_jax import sizes
+from gemma4_jax.audio.features import num_soft_tokens
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config, SpecialTokens
-from gemma4_jax.data.assemble import assemble
+from gemma4_jax.data.assemble import add_sounds, assemble
 from gemma4_jax.data.images import ImagePatches, cut_patches
 from gemma4_jax.data.pack import RowShape
 from gemma4_jax.data.tokenize import Example
@@ -32,7 +33,7 @@ VOCAB_SIZE = 160
 GOLDEN_STRIDE = 4
 """Golden files hold every fourth logit."""
 NEW_TOKENS = 20
-"""Tokens that a golden file holds of each generation: more than the sliding window of 12."""
+"""Tokens that a golden file holds of each generation: more than a sliding window of 8 or 16."""
 TOKENS = SpecialTokens(
     begin_image=148, image=150, end_image=151, begin_audio=149, audio=152, end_audio=153, video=154
 )  # fmt: skip
@@ -61,7 +62,7 @@ def shrink(size: str, *, with_audio: bool = False) -> Gemma4Config:
             num_heads=4,
             head_dim=16,
             global_head_dim=32,
-            sliding_window=12,
+            sliding_window=text.sliding_window // 64,  # 8 or 16
             per_layer_embed_dim=24 if text.per_layer_embed_dim else 0,
             num_experts=6 if text.num_experts else 0,
             num_experts_per_token=2 if text.num_experts else 0,
@@ -158,10 +159,13 @@ def example(segments: Segments, config: Gemma4Config) -> Example:
     tokens: list[int] = []
     carries_loss: list[bool] = []
     images: list[ImagePatches] = []
+    heard: list[np.ndarray] = []
     for segment in segments:
         is_text = isinstance(segment, list)
         if sounds.is_sound(segment):
-            segment = sounds.tokens(segment, config)
+            heard.append(sounds.features(segment, config))
+            placeholders = [config.tokens.audio] * num_soft_tokens(len(heard[-1]))
+            segment = [config.tokens.begin_audio, *placeholders, config.tokens.end_audio]
         elif not is_text:
             assert config.vision is not None
             cells = {"patch_size": config.vision.patch_size, "pooling_size": config.vision.pooling_size}
@@ -170,7 +174,7 @@ def example(segments: Segments, config: Gemma4Config) -> Example:
             segment = [config.tokens.begin_image, *placeholders, config.tokens.end_image]
         tokens += segment
         carries_loss += [is_text] * len(segment)
-    return Example(np.array(tokens, np.int32), np.array(carries_loss), tuple(images), "sample")
+    return Example(np.array(tokens, np.int32), np.array(carries_loss), tuple(images), "sample", tuple(heard))
 
 
 def batch(rows: Sequence[Sequence[Segments]], config: Gemma4Config, *, length: int | None = None) -> Batch:
@@ -185,8 +189,7 @@ def batch(rows: Sequence[Sequence[Segments]], config: Gemma4Config, *, length: i
         patches_per_image=max((len(image.patches) for row in images for image in row), default=0),
         patch_dim=config.vision.patch_dim,
     )
-    batch = assemble(examples, shape, config.tokens.image)
-    return batch if config.audio is None else sounds.add(batch, rows, config)
+    return add_sounds(assemble(examples, shape, config.tokens.image), examples, config.tokens.audio)
 
 
 def cases(config: Gemma4Config) -> dict[str, list[Segments]]:
@@ -210,9 +213,10 @@ def cases(config: Gemma4Config) -> dict[str, list[Segments]]:
             "padding": [[[bos, *words(9)]], [[bos], long, words(5)], [[bos, *words(3)], short, words(4)]],
         }
     return {
-        "text": [[[bos, *words(40)]]],
+        "text": [[[bos, *words(6)]]],
+        "longer_than_the_window": [[[bos, *words(50)]]],
         "one_image": [[[bos, *words(6)], picture(3, 4), words(12)]],
-        "images": [[[bos], picture(2, 7), words(5), picture(5, 1), words(3), picture(1, 1), words(9)]],
+        "images": [[[bos], picture(2, 9), words(5), picture(5, 1), words(3), picture(1, 1), words(9)]],
         "image_first_and_last": [[picture(2, 3), words(4), picture(4, 2)]],
         "padding": [[[bos, *words(5)]], [[bos], picture(3, 3), words(20)], [[bos, *words(17)]]],
     }

@@ -5,12 +5,15 @@ import PIL.Image
 import pytest
 
 from gemma4_jax import sizes
+from gemma4_jax.audio.features import MAX_SAMPLES
 from gemma4_jax.chat import ChatTemplate
+from gemma4_jax.config import AudioConfig
 from gemma4_jax.data.processor import Processor
 from gemma4_jax.hf.config import to_hf
 from gemma4_jax.hf.processor import processor_config, to_json, tokenizer_files
 from tests import conversations
 from tests.conversations import CONVERSATIONS, GEMMA4, GENERATION, user
+from tests.hf import sounds
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -130,3 +133,50 @@ def test_same_rows_of_a_text_with_images(pictures, tokenizer, their_processor):
     images = [PIL.Image.fromarray(picture) for picture in pictures[:2]]
     expected = their_processor(text=text, images=images, return_tensors="np")
     np.testing.assert_array_equal(batch.tokens, expected["input_ids"])
+
+
+def assert_same_sounds(batch, expected):
+    """`expected` has every sound of the batch, those of its first row first."""
+    np.testing.assert_array_equal(batch.tokens, np.where(expected["attention_mask"], expected["input_ids"], 0))
+    lengths = batch.audio_lengths[batch.audio_lengths > 0]
+    features = batch.audio_features[batch.audio_lengths > 0]
+    is_frame = np.asarray(expected["input_features_mask"])
+    assert lengths.tolist() == [count for count in is_frame.sum(axis=1) if count]
+    theirs = np.asarray(expected["input_features"])[is_frame.any(axis=1)]
+    for length, given, true in zip(lengths, features, theirs, strict=True):
+        np.testing.assert_array_equal(given[:length], true[:length])
+        assert not given[length:].any()
+
+
+def test_same_rows_of_texts_with_sounds(tokenizer, their_processor):
+    """From one sample, which is not heard, to 30 s."""
+    rng = np.random.default_rng(6)
+    lengths = [1, 160, 161, 320, 321, 801, *rng.integers(162, 60_000, 20), MAX_SAMPLES]
+    heard = [sounds.make(rng, int(length)) for length in lengths]
+    processor = Processor(tokenizer, None, audio=AudioConfig())
+    batch = processor(["Hear: <|audio|>\nwhat?"] * len(heard), audios=[[sound] for sound in heard])
+    texts = ["Hear: <|audio|>\nwhat?"] * len(heard)
+    expected = their_processor(text=texts, audio=heard, padding_side="right", return_tensors="np")
+    assert_same_sounds(batch, expected)
+    assert (batch.tokens[-1] == CONFIG.tokens.audio).sum() == (batch.audio_slots[-1] >= 0).sum() == 750
+
+
+def test_same_rows_of_a_conversation_with_sounds_and_an_image(pictures, tokenizer, their_processor):
+    rng = np.random.default_rng(7)
+    first, second = (sounds.make(rng, length) for length in (5000, 12_345))
+    messages = [
+        {"role": "user", "content": [
+            {"type": "audio", "audio": first}, {"type": "image", "image": PIL.Image.fromarray(pictures[0])},
+            {"type": "text", "text": "Which is it?"},
+        ]},
+        conversations.assistant("A cat."),
+        {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "audio", "audio": second}]},
+    ]  # fmt: skip
+    processor = Processor(tokenizer, CONFIG.vision, 70, ChatTemplate(GEMMA4, tokenizer), audio=AudioConfig())
+    batch = processor(messages, add_generation_prompt=True)
+    expected = their_processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="np", add_generation_prompt=True
+    )
+    assert_same_sounds(batch, expected)
+    learned = batch.targets[0][batch.loss_weights[0] > 0].tolist()
+    assert tokenizer.decode(learned) == "A cat.<turn|>"

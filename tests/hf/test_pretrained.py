@@ -126,8 +126,10 @@ def test_a_list_of_conversations_is_a_batch(loaded):
         ({"tokens": [2, 8]}, "1 placeholders, and its 0 images 0"),
         ({"tokens": [2, -8]}, "rows of token ids"),
         ({"tokens": [2, 99999]}, "99999, and the vocabulary ends at 1023"),
-        ({"inputs": "Listen: <|audio|>"}, "a place for a sound or a video"),
-        ({"tokens": [2, CONFIG.tokens.video]}, "a place for a sound or a video"),
+        ({"inputs": "Listen: <|audio|>"}, "1 places for sounds, and 0 are given"),
+        ({"inputs": "Listen: <|audio|>", "audios": [np.zeros(400)]}, "no audio tower"),
+        ({"tokens": [2, CONFIG.tokens.audio]}, "1 placeholders, and its 0 sounds 0"),
+        ({"tokens": [2, CONFIG.tokens.video]}, "a place for a video"),
         ({"tokens": [2.5]}, "rows of token ids"),
     ],
 )
