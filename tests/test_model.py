@@ -26,12 +26,16 @@ SMALL = replace(
     quickstart(),
     text={
         "vocab_size": 40, "embed_dim": 16, "mlp_dim": 12, "num_heads": 4, "num_kv_heads": 2, "num_global_kv_heads": 1,
-        "head_dim": 8, "global_head_dim": 16, "sliding_window": 5, "per_layer_embed_dim": 4, "expert_dim": 8,
+        "head_dim": 8, "global_head_dim": 16, "sliding_window": 5, "per_layer_embed_dim": 16, "expert_dim": 8,
         "max_positions": 128,
     },
     vision={"embed_dim": 16, "mlp_dim": 12, "head_dim": 8, "num_positions": 32},
 )  # fmt: skip
-"""The quickstart's model, which has every part, narrower."""
+"""The quickstart's model, which has every part, narrower.
+
+The per-layer gates stay wide: of only four, all may lie in the tail of the GELU at some token, where float32 keeps
+three digits of them, and the norm behind them makes these as large as any. Logits are then wrong by 1e-4, not by 2e-6.
+"""
 
 RNG = np.random.default_rng(0)
 WORDS = [RNG.integers(14, 40, n).tolist() for n in (9, 4, 6, 5, 11)]
@@ -134,7 +138,8 @@ def test_packed_rows_equal_each_document_alone(packed, logits):
     lengths = [len(samples.example(document, SMALL).tokens) for document in DOCUMENTS]
     places = [(0, 0), (0, lengths[0]), (1, 0), (1, lengths[2])]
     for expected, length, (row, start) in zip(alone, lengths, places, strict=True):
-        # float32 sums in another order: the largest measured difference is 1.5e-6 of the largest logit.
+        # float32 sums in another order: either side is at most 2e-6 of the largest logit from float64, in which they
+        # are equal to 1e-15, and 7e-7 from the other, for three sets of instructions of the CPU.
         np.testing.assert_allclose(
             logits[row, start : start + length], expected[:length], rtol=0, atol=1e-5 * np.abs(alone).max()
         )
