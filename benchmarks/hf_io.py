@@ -1,11 +1,12 @@
-"""Speed and memory of import and export, beside a plain copy of the same file on the same disk in the same run.
+"""Speed and memory of import, conversion and export, beside plain copies of the same file on the same disk.
 
-  python benchmarks/hf_io.py --folder /fast/disk          # 8.4 GB of bfloat16; needs four times that on the disk
+  python benchmarks/hf_io.py --folder /fast/disk      # 8.4 GB of bfloat16; needs five times that on the disk
 
-Makes a synthetic checkpoint of E2B's shape, then, each in a process of its own and from a disk cache without it:
-copies the file; imports it; exports the model in memory; saves it as a run; exports the run. Speed is bytes of the
-checkpoint over wall time until all is on the disk. Memory is the peak above what the process held when it began and
-above the arrays that it has to hold. Prints a table and writes JSON; everything else is deleted.
+Makes a synthetic checkpoint of E2B's shape, then, in turn and in a process of its own each: copies the file; imports
+it; converts it; exports a model in memory; exports what was converted; exports the checkpoint of a run. Each begins
+with nothing in the disk cache, and ends when all it wrote is on the disk. Speed is bytes of the checkpoint over
+seconds. Memory is the peak above what the process held when it began, and above the arrays that it was asked for. All
+of it is repeated, and medians are shown. Prints a table and writes JSON; everything else is deleted.
 """
 
 import argparse
@@ -13,8 +14,8 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ import numpy as np
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.sizes import SIZES
 
-STAGES = ("copy", "import", "export_state", "save_run", "export_run")
+STAGES = ("copy", "import", "convert", "export_state", "export_converted", "export_run")
 BLOCK = 1 << 24
 
 
@@ -39,16 +40,23 @@ def config_of(gigabytes: float) -> Gemma4Config:
     config = SIZES["e2b"]()
     text = config.text
     per_token = 2 * (text.embed_dim + text.num_layers * text.per_layer_embed_dim)
-    vocab_size = 262144 - max(0, int((9.6 - gigabytes) * 1e9 / per_token))
-    tokens = dataclasses.replace(
-        config.tokens, **{name: i for i, name in enumerate(vars(config.tokens))}
-    )  # those of the release lie at the end of its vocabulary
-    text = dataclasses.replace(text, vocab_size=vocab_size)
-    return dataclasses.replace(config, text=text, audio=None, tokens=tokens)
+    vocab_size = 262144 - max(0, int((9.6 - gigabytes) * 1e9 / per_token)) // 1024 * 1024
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(text, vocab_size=vocab_size),
+        audio=None,
+        tokens=_tokenizer().tokens,  # those of the release lie at the end of its vocabulary
+    )
+
+
+def _tokenizer() -> Any:
+    from gemma4_jax.tokenizer import Tokenizer
+
+    return Tokenizer.load("bundled")
 
 
 def write_checkpoint(folder: Path, config: Gemma4Config) -> None:
-    """One safetensors file of noise, and its config.json."""
+    """One safetensors file of noise, its config.json and a tokenizer."""
     from gemma4_jax.hf.config import to_hf
     from gemma4_jax.hf.names import tensors
     from gemma4_jax.hf.safetensors import OutgoingTensor, write_tensor_file
@@ -68,6 +76,7 @@ def write_checkpoint(folder: Path, config: Gemma4Config) -> None:
     write_tensor_file(folder / "model.safetensors", outgoing, {"format": "pt"})
     content = to_hf(config, dtype="bfloat16", max_soft_tokens=280)
     (folder / "config.json").write_text(json.dumps(content))
+    shutil.copy(_tokenizer().path, folder)
 
 
 def load(folder: Path) -> tuple[Any, Gemma4Config]:
@@ -83,8 +92,8 @@ def load(folder: Path) -> tuple[Any, Gemma4Config]:
     return load_state(checkpoint, abstract, checkpoint.config), checkpoint.config
 
 
-def save_run(state: Any, config: Gemma4Config, run_dir: Path) -> None:
-    """What a run directory holds of a model."""
+def save_run(folder: Path, run_dir: Path) -> None:
+    """What a run directory holds of a model, as training writes it."""
     import grain
     import jax
     import jax.numpy as jnp
@@ -94,44 +103,52 @@ def save_run(state: Any, config: Gemma4Config, run_dir: Path) -> None:
     from gemma4_jax.train.checkpoint import Checkpoints
     from gemma4_jax.train.state import TrainState
 
+    state, config = load(folder)
     checkpoints = Checkpoints(run_dir, keep=1)
     params, buffers = nnx.split_state(state, nnx.Param, Buffer)
     iterator = iter(grain.MapDataset.range(9).to_iter_dataset())
     checkpoints.save(1, TrainState(jnp.int32(1), params, buffers, (), jax.random.key(0)), iterator)
     checkpoints.close()
-    model = {name: None if part is None else vars(part) for name, part in vars(config).items()}
-    content = {"model": model, "tokenizer": "bundled", "data": {"soft_tokens_per_image": 280}}
+    content = {
+        "model": dataclasses.asdict(config),
+        "tokenizer": "bundled",
+        "data": {"soft_tokens_per_image": 280},
+    }
     (run_dir / "config.json").write_text(json.dumps(content))
 
 
 def run_stage(stage: str, folder: Path) -> dict[str, Any]:
     """One stage, in this process: seconds, bytes, and memory in bytes."""
+    from gemma4_jax.hf.convert import convert
     from gemma4_jax.hf.save import export_run, export_state
-    from gemma4_jax.tokenizer import Tokenizer
 
-    source, out = folder / "in" / "model.safetensors", folder / "out"
-    size = source.stat().st_size
-    state, config = load(source.parent) if stage in ("export_state", "save_run") else (None, None)
-    options: dict[str, Any] = {"tokenizer": Tokenizer.load("bundled"), "max_soft_tokens": 280, "dtype": "bfloat16"}
+    source, converted, run_dir, out = (folder / name for name in ("in", "converted", "run", "out"))
+    weights = source / "model.safetensors"
+    size = weights.stat().st_size
+    if stage == "save_run":
+        save_run(source, run_dir)
+        return {}
+    state, config = load(source) if stage == "export_state" else (None, None)
+    options: dict[str, Any] = {"tokenizer": _tokenizer(), "max_soft_tokens": 280, "dtype": "bfloat16"}
     work: dict[str, Callable[[], Any]] = {
-        "copy": lambda: _copy(source, folder / "copy"),
-        "import": lambda: load(source.parent),
+        "copy": lambda: _copy(weights, out),
+        "import": lambda: load(source),
+        "convert": lambda: convert(source, converted),
         "export_state": lambda: export_state(state, config, out, **options),
-        "save_run": lambda: save_run(state, config, folder / "run"),
-        "export_run": lambda: export_run(folder / "run", out, dtype="bfloat16"),
+        "export_converted": lambda: export_run(converted, out, dtype="bfloat16"),
+        "export_run": lambda: export_run(run_dir, out, dtype="bfloat16"),
     }
-    os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _forget(path)
-    before = _resident()
+    _empty_disk_cache(folder)
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     start = time.perf_counter()
     kept = work[stage]()
+    if stage != "import":
+        _sync(folder)
     seconds = time.perf_counter() - start
-    held = size if stage == "import" else 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = _memory("VmHWM") - before - (size if stage == "import" else 0)
     del kept
-    return {"seconds": seconds, "bytes": size, "memory": max(0, peak - before - held)}
+    return {"seconds": seconds, "bytes": size, "memory": max(0, peak)}
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -141,29 +158,65 @@ def _copy(source: Path, target: Path) -> None:
         os.fsync(new.fileno())
 
 
-def _forget(path: Path) -> None:
-    """Drops a file from the disk cache."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def _sync(folder: Path) -> None:
+    """Waits until everything is on the disk, whoever wrote it and whether or not its writer asked."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _empty_disk_cache(folder: Path) -> None:
+    """Drops every file here from it."""
+    _sync(folder)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(folder: Path, gigabytes: float) -> dict[str, dict[str, Any]]:
-    """All stages, each in a process of its own."""
+def _memory(field: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(folder: Path, gigabytes: float, repeats: int, stages: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Every stage in turn, and all of them again."""
     write_checkpoint(folder / "in", config_of(gigabytes))
-    figures = {}
-    for stage in STAGES:
-        command = [sys.executable, __file__, "--stage", stage, "--folder", str(folder)]
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        figures[stage] = json.loads(printed.splitlines()[-1])
-        for made in ("copy", "out"):
-            path = folder / made
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if "export_run" in stages:
+        _in_a_process("save_run", folder)
+    figures: dict[str, list[dict[str, Any]]] = {stage: [] for stage in stages}
+    for _ in range(repeats):
+        shutil.rmtree(folder / "converted", ignore_errors=True)
+        for stage in stages:
+            figures[stage].append(_in_a_process(stage, folder))
+            print(stage, figures[stage][-1], file=sys.stderr)
+            out = folder / "out"
+            shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
     return figures
+
+
+def _in_a_process(stage: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, f"--stage={stage}", f"--folder={folder}"]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(printed.splitlines()[-1])
+
+
+def summary(figures: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Medians of each stage, and its speed as a part of the copy's in the same round."""
+    rows = {}
+    for stage, rounds in figures.items():
+        ratios = [copy["seconds"] / figure["seconds"] for copy, figure in zip(figures["copy"], rounds, strict=True)]
+        seconds = statistics.median(figure["seconds"] for figure in rounds)
+        rows[stage] = {
+            "seconds": seconds,
+            "gigabytes_per_second": rounds[0]["bytes"] / seconds / 1e9,
+            "of_the_copy": statistics.median(ratios),
+            "gigabytes_above": max(figure["memory"] for figure in rounds) / 1e9,
+        }
+    return rows
 
 
 def main() -> None:
@@ -171,23 +224,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--gigabytes", type=float, default=8.4, help="size of the checkpoint")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds through all stages")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, help="those to measure")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"), help="where the JSON goes")
-    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=(*STAGES, "save_run"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
         print(json.dumps(run_stage(arguments.stage, arguments.folder)))
         return
+    stages = [stage for stage in STAGES if stage in {"copy", *arguments.stages}]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        figures = measure(Path(folder), arguments.gigabytes)
-    copy = figures["copy"]["bytes"] / figures["copy"]["seconds"]
-    print(f"checkpoint of {figures['copy']['bytes'] / 1e9:.2f} GB, {os.cpu_count()} cores")
-    for stage, figure in figures.items():
-        speed = figure["bytes"] / figure["seconds"]
+        figures = measure(Path(folder), arguments.gigabytes, arguments.repeats, stages)
+    cores = len(os.sched_getaffinity(0))
+    rows = summary(figures)
+    print(f"checkpoint of {figures['copy'][0]['bytes'] / 1e9:.2f} GB, {cores} cores, {arguments.repeats} rounds")
+    for stage, row in rows.items():
         print(
-            f"  {stage:<14}{figure['seconds']:8.1f} s {speed / 1e9:6.2f} GB/s {speed / copy:6.2f} of the copy "
-            f"{figure['memory'] / 1e9:6.2f} GB above"
+            f"  {stage:<17}{row['seconds']:7.1f} s {row['gigabytes_per_second']:6.2f} GB/s "
+            f"{row['of_the_copy']:6.2f} of the copy {row['gigabytes_above']:6.2f} GB above"
         )
-    arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+    content = {"cores": cores, "bytes": figures["copy"][0]["bytes"], "medians": rows, "rounds": figures}
+    arguments.out.write_text(json.dumps(content, indent=2) + "\n")
     print(f"wrote {arguments.out}")
 
 

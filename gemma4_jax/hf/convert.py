@@ -5,28 +5,28 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from flax import nnx
 
-from gemma4_jax.config import Gemma4Config
 from gemma4_jax.errors import InputError
-from gemma4_jax.hf.load import Checkpoint, load_state, write_carried
+from gemma4_jax.hf.load import Checkpoint, ParameterReader, write_carried
 from gemma4_jax.hf.pretrained import load_processor
 from gemma4_jax.hf.processor import CARRIED_FILES
-from gemma4_jax.hf.save import CARRIED
+from gemma4_jax.hf.save import CARRIED, check_space, sync_folder, write_file
+from gemma4_jax.hf.streaming import StreamedArray, save_streamed
 from gemma4_jax.model import Gemma4
-
-MAX_CHUNK_BYTES = 2**28
-"""The most of an array that is written in one piece, and so read in one piece by an export."""
 
 
 def convert(hf_dir: str | Path, out_dir: str | Path) -> None:
     """Writes checkpoints/0/model (Orbax), config.json, the tokenizer, and the tensors that the model does not use.
 
+    Parameters are streamed, so that no more than a few pieces of them are in memory. They keep the dtype in which they
+    are stored; a run that begins from them casts them to its own. The folder can be moved.
+
     Args:
-      hf_dir: the checkpoint to read. Parameters become float32, as training holds them.
+      hf_dir: the checkpoint to read. Tensors that hold NaN are named in a warning.
       out_dir: the folder to make; it must not exist. It is there when all of it is.
     Raises:
       InputError: the checkpoint is not acceptable, or the folder cannot be made.
@@ -38,25 +38,25 @@ def convert(hf_dir: str | Path, out_dir: str | Path) -> None:
     processor = load_processor(checkpoint.folder, checkpoint.config)
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        check_space(out_dir.parent, checkpoint.num_bytes)
         (temporary / "tokenizer").mkdir(parents=True)
         for name in ("tokenizer.json", *CARRIED_FILES):
             if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, temporary / "tokenizer" / name)
-        state = _abstract(checkpoint.config)
+                write_file(temporary / "tokenizer" / name, (checkpoint.folder / name).read_bytes())
+        state = nnx.state(nnx.eval_shape(lambda: Gemma4(checkpoint.config, nnx.Rngs(0))))
         if unused := checkpoint.unused(state):
             write_carried(checkpoint, unused, temporary / CARRIED)
-        values = load_state(checkpoint, state, checkpoint.config)
-        with ocp.StandardCheckpointer() as checkpointer:
-            arrays = nnx.to_pure_dict(values)
-            in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES), arrays)
-            checkpointer.save(temporary / "checkpoints" / "0" / "model", arrays, save_args=in_chunks)
+        _write_parameters(checkpoint, state, temporary / "checkpoints" / "0" / "model")
         content = {
             "model": dataclasses.asdict(checkpoint.config),
-            "tokenizer": str(out_dir / "tokenizer" / "tokenizer.json"),
+            "tokenizer": "tokenizer/tokenizer.json",  # in this folder, wherever that is
             "data": {"soft_tokens_per_image": processor.max_soft_tokens},
         }
-        (temporary / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_file(temporary / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+        sync_folder(temporary)
         temporary.rename(out_dir)
+        sync_folder(out_dir.parent)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"{out_dir} cannot be written and nothing was left there: {reason}.") from error
@@ -64,8 +64,14 @@ def convert(hf_dir: str | Path, out_dir: str | Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _abstract(config: Gemma4Config) -> nnx.State:
-    """Parameters and buffers on the CPU, whatever accelerators there are: nothing is computed."""
-    state = nnx.state(nnx.eval_shape(lambda: Gemma4(config, nnx.Rngs(0))))
-    on_cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_cpu), state)
+def _write_parameters(checkpoint: Checkpoint, state: nnx.State, folder: Path) -> None:
+    """Streams every parameter and buffer of an abstract state into an Orbax checkpoint."""
+    reader = ParameterReader(checkpoint)
+
+    def streamed(keys: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> StreamedArray:
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
+        dtype = reader.stored_dtype(path)
+        return StreamedArray(leaf.shape, dtype, lambda index: reader.read(path, index, leaf.shape, dtype))
+
+    save_streamed(folder, jax.tree.map_with_path(streamed, nnx.to_pure_dict(state)))
+    reader.warn_of_nan()

@@ -6,6 +6,7 @@ shards and one tensor.
 """
 
 import json
+import math
 import os
 import re
 import warnings
@@ -21,10 +22,11 @@ from gemma4_jax.config import Gemma4Config
 from gemma4_jax.errors import InputError
 from gemma4_jax.hf.config import from_hf
 from gemma4_jax.hf.names import Tensor, abbreviate, flatten_paths, tensors
-from gemma4_jax.hf.safetensors import OutgoingTensor, TensorFile, copy_transposed, in_blocks, write_tensor_file
+from gemma4_jax.hf.safetensors import DTYPES, OutgoingTensor, TensorFile, copy_transposed, has_nan, write_tensor_file
 from gemma4_jax.tokenizer import Tokenizer
 
 _MAX_JSON_BYTES = 1 << 26
+_ALIGNMENT = 64
 
 
 class Checkpoint:
@@ -51,12 +53,79 @@ class Checkpoint:
         _check_tensors(self.folder, self.files, tensors(self.config))
         _check_tokenizer(self.folder, self.config)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(file.num_bytes for file in set(self.files.values()))
+
     def unused(self, state: nnx.State) -> list[str]:
         """Names of tensors that a model with this (abstract) state has no use for: K and V of KV-shared layers, and
         towers that it leaves out."""
         paths = flatten_paths(nnx.to_pure_dict(state))
         table = {tensor.name: tensor.path for tensor in tensors(self.config)}
         return [name for name in self.files if table[name] not in paths]
+
+
+class ParameterReader:
+    """Parts of parameters, put together from the slices of the tensors that make them up.
+
+    Args of the constructor:
+      checkpoint: where the tensors are.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._stacks: dict[str, list[Tensor]] = {}
+        for tensor in tensors(checkpoint.config):  # layer after layer
+            if tensor.path is not None:
+                self._stacks.setdefault(tensor.path, []).append(tensor)
+        self._with_nan: set[str] = set()
+
+    def stored_dtype(self, path: str) -> np.dtype:
+        """The dtype that holds a parameter exactly as it is stored: bfloat16 if all of it is, or else float32."""
+        files = self._checkpoint.files
+        kinds = {files[tensor.name].tensors[tensor.name].dtype for tensor in self._stacks[path]}
+        return DTYPES["BF16" if kinds == {"BF16"} else "F32"]
+
+    def read(self, path: str, index: tuple[slice, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """A part of a parameter.
+
+        Args:
+          path: dotted path of the parameter.
+          index: one slice for each axis.
+          shape: of the whole parameter.
+          dtype: to cast to.
+        """
+        extents = tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
+        values = _aligned(extents, dtype)
+        stack = self._stacks[path]
+        if stack[0].index is None:
+            self._read_tensor(stack[0], index, values)
+        else:
+            for row, tensor in enumerate(stack[index[0]]):
+                self._read_tensor(tensor, index[1:], values[row, ...])
+        return values
+
+    def warn_of_nan(self) -> None:
+        """Warns of the tensors in which NaN was read, if there were any."""
+        if self._with_nan:
+            names = ", ".join(abbreviate(sorted(self._with_nan)))
+            warnings.warn(f"{self._checkpoint.folder}: NaN in {names}.", stacklevel=3)
+
+    def _read_tensor(self, tensor: Tensor, index: tuple[slice, ...], target: np.ndarray) -> None:
+        file = self._checkpoint.files[tensor.name]
+        copy_transposed(target, tensor.to_ours(file.read(tensor.name))[index])
+        if has_nan(target):
+            self._with_nan.add(tensor.name)
+        file.release(tensor.name)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """np.empty, where jax wants an array to begin that a CPU device takes over without a copy."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def load_state(checkpoint: Checkpoint, state: nnx.State, model_config: Gemma4Config) -> nnx.State:
@@ -75,28 +144,21 @@ def load_state(checkpoint: Checkpoint, state: nnx.State, model_config: Gemma4Con
       InputError: the checkpoint is of another architecture or size.
     """
     _check_same_model(checkpoint, model_config)
-    sources: dict[str, list[Tensor]] = {}
-    for tensor in tensors(checkpoint.config):
-        if tensor.path is not None:
-            sources.setdefault(tensor.path, []).append(tensor)
-    with_nan: set[str] = set()
+    reader = ParameterReader(checkpoint)
 
     def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        stack = sorted(sources[".".join(map(str, path))], key=lambda tensor: tensor.index or 0)
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
         shards: dict[str, np.ndarray] = {}
 
         def shard(index: Any) -> np.ndarray:
             if str(index) not in shards:  # devices with copies of one shard ask for it one after another
-                shards[str(index)] = _read_shard(checkpoint, stack, index, leaf, with_nan)
+                shards[str(index)] = reader.read(".".join(map(str, path)), index, leaf.shape, leaf.dtype)
             return shards[str(index)]
 
         return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
     flat = [(path, variable.replace(load(path, variable.get_value()))) for path, variable in nnx.to_flat_state(state)]
-    if with_nan:
-        warnings.warn(f"{checkpoint.folder}: NaN in {', '.join(abbreviate(sorted(with_nan)))}.", stacklevel=2)
+    reader.warn_of_nan()
     return nnx.from_flat_state(flat)
 
 
@@ -118,28 +180,6 @@ def write_carried(checkpoint: Checkpoint, names: Collection[str], path: Path) ->
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _read_shard(
-    checkpoint: Checkpoint,
-    stack: list[Tensor],
-    index: tuple[slice, ...],
-    leaf: jax.ShapeDtypeStruct,
-    with_nan: set[str],
-) -> np.ndarray:
-    """The part of a parameter at `index`."""
-    shape = tuple(len(range(*part.indices(extent))) for part, extent in zip(index, leaf.shape, strict=True))
-    shard = np.empty(shape, leaf.dtype)
-    is_stacked = stack[0].index is not None
-    chosen = stack[index[0]] if is_stacked else stack
-    places = [shard[i, ...] for i in range(len(shard))] if is_stacked else [shard]
-    for tensor, place in zip(chosen, places, strict=True):
-        file = checkpoint.files[tensor.name]
-        copy_transposed(place, tensor.to_ours(file.read(tensor.name))[index[1:] if is_stacked else index])
-        if any(np.isnan(block).any() for block in in_blocks(place)):
-            with_nan.add(tensor.name)
-        file.release(tensor.name)
-    return shard
 
 
 def read_json(path: Path) -> Any:
@@ -212,23 +252,22 @@ def _check_tokenizer(folder: Path, config: Gemma4Config) -> None:
 def _check_same_model(checkpoint: Checkpoint, model_config: Gemma4Config) -> None:
     """Refuses a checkpoint that lacks a tensor of the model, or has it in another shape."""
     there = {tensor.name: tensor for tensor in tensors(checkpoint.config)}
-    if all(there.get(tensor.name) == tensor for tensor in tensors(model_config)):
-        return
-    raise another_model(checkpoint, model_config)
+    if not all(there.get(tensor.name) == tensor for tensor in tensors(model_config)):
+        raise another_model(checkpoint.folder, differing_fields(checkpoint.config, model_config))
 
 
-def another_model(checkpoint: Checkpoint, model_config: Gemma4Config) -> InputError:
-    """The error about a checkpoint whose architecture differs, naming every field; towers left out do not count."""
-    return InputError(f"{checkpoint.folder} is another model: {'; '.join(differing_fields(checkpoint, model_config))}.")
+def another_model(source: Path, differing: list[str]) -> InputError:
+    """The error about weights of another architecture, from `differing_fields`."""
+    return InputError(f"{source} is another model: {'; '.join(differing)}.")
 
 
-def differing_fields(checkpoint: Checkpoint, model_config: Gemma4Config) -> list[str]:
-    """Fields of the architecture in which a model is not as its checkpoint says; towers may be left out."""
-    given, wanted = _fields(checkpoint.config), _fields(model_config)
+def differing_fields(given: Gemma4Config, wanted: Gemma4Config) -> list[str]:
+    """Fields of the architecture in which a model is not as its source says; towers may be left out."""
+    there, here = _fields(given), _fields(wanted)
     return [
-        f"{field} is {given.get(field)!r}, and {value!r} in the model"
-        for field, value in wanted.items()
-        if given.get(field) != value
+        f"{field} is {there.get(field)!r}, and {value!r} in the model"
+        for field, value in here.items()
+        if there.get(field) != value
     ]
 
 

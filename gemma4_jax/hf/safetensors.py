@@ -4,11 +4,12 @@ A file is the length of its header (8 bytes, little endian), a JSON header, and 
 Source: https://github.com/huggingface/safetensors, "Format".
 """
 
+import itertools
 import json
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.hf.direct import write_through
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """The dtypes that are read and written, by their names in a header."""
@@ -24,8 +26,9 @@ MAX_HEADER_BYTES = 100_000_000
 """A longer header is refused before it is read; the reference library has the same limit."""
 
 
-_BLOCK_BYTES = 1 << 26
-_STRIP = 64
+_BLOCK_BYTES = 1 << 24
+_STRIP = 16
+_STRIP_SIZE = 1 << 18
 
 
 class StoredTensor(NamedTuple):
@@ -79,10 +82,15 @@ class TensorFile:
             kind = "is cut short" if end > size else "goes on behind its last tensor"
             raise InputError(f"{path} {kind}: its header describes {end} bytes, and it has {size}.")
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
+
     def read(self, name: str) -> np.ndarray:
         """One tensor as a view of the mapped file: no bytes are read until they are used."""
         dtype, shape, start, _ = self.tensors[name]
-        return np.frombuffer(self._mapped, DTYPES[dtype], int(np.prod(shape, dtype=object)), start).reshape(shape)
+        return np.frombuffer(self._mapped, DTYPES[dtype], math.prod(shape), start).reshape(shape)
 
     def release(self, name: str) -> None:
         """Gives the memory of a tensor's pages back; they are read again if they are used again."""
@@ -168,11 +176,11 @@ class OutgoingTensor(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Its size in a file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor], metadata: Mapping[str, str]) -> None:
-    """Writes a new safetensors file, one block after another, through to the disk.
+    """Writes a new safetensors file, one block after another, to the disk.
 
     Args:
       path: must not exist.
@@ -186,15 +194,9 @@ def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor], metadata: M
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as file, ThreadPoolExecutor(max_workers=1) as pool:
-        file.write(len(text).to_bytes(8, "little") + text)
-        blocks = (block for tensor in tensors for block in _checked_blocks(tensor))
-        coming = pool.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = pool.submit(next, blocks, None)  # made while this one is written
-            file.write(block.view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    head = memoryview(len(text).to_bytes(8, "little") + text)
+    blocks = (block.reshape(-1).view(np.uint8).data for tensor in tensors for block in _checked_blocks(tensor))
+    write_through(path, itertools.chain([head], blocks))
 
 
 def _checked_blocks(tensor: OutgoingTensor) -> Iterator[np.ndarray]:
@@ -203,6 +205,16 @@ def _checked_blocks(tensor: OutgoingTensor) -> Iterator[np.ndarray]:
         written += block.nbytes
         yield block
     assert written == tensor.num_bytes, tensor.name
+
+
+def has_nan(array: np.ndarray) -> bool:
+    """Whether there is NaN in a contiguous array; infinity is none."""
+    values = array.reshape(-1)
+    pieces = (values[start : start + _STRIP_SIZE] for start in range(0, values.size, _STRIP_SIZE))
+    if array.dtype.itemsize == 2:  # numpy compares integers many at a time, and numbers of these types one by one
+        infinity = array.dtype.type(np.inf).view(np.uint16)
+        return any((piece.view(np.uint16) & 0x7FFF).max() > infinity for piece in pieces)
+    return any(np.isnan(piece.max()) for piece in pieces)
 
 
 def in_blocks(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
@@ -221,8 +233,10 @@ def in_blocks(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[np.n
 
 def copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
     """target[...] = source, in strips narrow enough for the cache: several times faster where axes are exchanged."""
-    if target.ndim == 0:
+    if target.ndim == 0 or source.strides[-1] == source.itemsize:
         target[...] = source
         return
     for start in range(0, target.shape[-1], _STRIP):
-        target[..., start : start + _STRIP] = source[..., start : start + _STRIP]
+        strip = source[..., start : start + _STRIP]
+        # Cast as it lies, for numpy casts slowly while it exchanges axes.
+        target[..., start : start + _STRIP] = strip.astype(target.dtype, order="K", copy=False)

@@ -25,7 +25,7 @@ from gemma4_jax.hf.names import Tensor, tensors
 from gemma4_jax.hf.parameters import CheckpointParameters, Parameters, StateParameters
 from gemma4_jax.hf.processor import processor_config, to_json, tokenizer_files
 from gemma4_jax.hf.safetensors import DTYPES, OutgoingTensor, TensorFile, in_blocks, write_tensor_file
-from gemma4_jax.tokenizer import Tokenizer
+from gemma4_jax.tokenizer import BUNDLED, Tokenizer
 
 STORED_AS = {"float32": "F32", "bfloat16": "BF16"}
 """The dtypes that an export can have, and what the file format calls them."""
@@ -45,7 +45,9 @@ _OUR_FILES = re.compile(
 )
 
 
-def export_run(run_dir: str | Path, out_dir: str | Path, *, dtype: str = "float32", keeps_newer: bool = False) -> bool:
+def export_run(
+    run_dir: str | Path, out_dir: str | Path, *, dtype: str | None = None, keeps_newer: bool = False
+) -> bool:
     """Exports the last checkpoint of a run, without ever holding more of it than one piece of an array.
 
     With many processes the first does it, and the others wait.
@@ -53,7 +55,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path, *, dtype: str = "float3
     Args:
       run_dir: of the run.
       out_dir: the folder to make; an earlier export in its place is replaced.
-      dtype: of the stored tensors, "float32" or "bfloat16".
+      dtype: of the stored tensors, "float32" or "bfloat16"; None is that of each in the checkpoint.
       keeps_newer: an export in its place that is newer than the checkpoint stays.
     Returns:
       Whether this process wrote an export.
@@ -70,7 +72,7 @@ def export_run(run_dir: str | Path, out_dir: str | Path, *, dtype: str = "float3
                 parameters,
                 Gemma4Config.from_dict(config["model"]),
                 out_dir,
-                tokenizer=Tokenizer.load(config["tokenizer"]),
+                tokenizer=_run_tokenizer(run_dir, config["tokenizer"]),
                 max_soft_tokens=config["data"]["soft_tokens_per_image"],
                 dtype=dtype,
                 carried=carried if carried.exists() else None,
@@ -95,7 +97,7 @@ def export_state(
     *,
     tokenizer: Tokenizer,
     max_soft_tokens: int,
-    dtype: str = "float32",
+    dtype: str | None = None,
     carried: Path | None = None,
 ) -> None:
     """Exports a model in memory. Where it is spread over processes, every process calls this.
@@ -106,7 +108,7 @@ def export_state(
       out_dir: the folder to make; an earlier export in its place is replaced.
       tokenizer: carried along, with the files of a released model that lie beside it.
       max_soft_tokens: budget of an image.
-      dtype: of the stored tensors, "float32" or "bfloat16".
+      dtype: of the stored tensors, "float32" or "bfloat16"; None is that of each parameter.
       carried: a safetensors file of tensors that the model does not use, from `load.write_carried`.
     Raises:
       InputError: the folder cannot be made.
@@ -143,9 +145,17 @@ def _run_config(run_dir: Path) -> dict[str, Any]:
         raise InputError(f"{run_dir} is not a run directory: its config.json cannot be read ({reason}).") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): it is not the config of a run.") from error
-    if not isinstance(config, dict) or not config.keys() >= {"model", "data", "tokenizer"}:
+    fields = {"model": dict, "data": dict, "tokenizer": str}
+    is_whole = isinstance(config, dict) and all(isinstance(config.get(name), kind) for name, kind in fields.items())
+    if not is_whole or type(config["data"].get("soft_tokens_per_image")) is not int:
         raise InputError(f"{path} is not the config of a run.")
     return config
+
+
+def _run_tokenizer(run_dir: Path, name: str) -> Tokenizer:
+    """The tokenizer that the config of a run names: a path is one in the run directory if there is such a file."""
+    inside = run_dir / name
+    return Tokenizer.load(str(inside) if name != BUNDLED and inside.exists() else name)
 
 
 def _export(
@@ -155,11 +165,11 @@ def _export(
     *,
     tokenizer: Tokenizer,
     max_soft_tokens: int,
-    dtype: str,
+    dtype: str | None,
     carried: Path | None,
 ) -> None:
     """Makes the folder, in one process."""
-    if dtype not in STORED_AS:
+    if dtype is not None and dtype not in STORED_AS:
         raise InputError(f"dtype={dtype!r} is not possible: an export is stored as {' or '.join(STORED_AS)}.")
     extra = None if carried is None else TensorFile(carried)
     outgoing = _outgoing(parameters, model_config, dtype, extra)
@@ -167,6 +177,8 @@ def _export(
     files.setdefault("generation_config.json", to_json(generation_config(model_config.tokens)))
     if model_config.vision is not None:
         files["processor_config.json"] = to_json(processor_config(model_config.vision, max_soft_tokens))
+    if dtype is None:
+        dtype = "bfloat16" if {kind.name for kind in parameters.dtypes.values()} == {"bfloat16"} else "float32"
     config = to_hf(model_config, dtype=dtype, max_soft_tokens=max_soft_tokens)
     for tower in ("vision", "audio"):
         config[f"{tower}_config"] = _tower_config(tower, config, outgoing, extra)
@@ -178,13 +190,13 @@ def _export(
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(out_dir.parent, sum(tensor.num_bytes for tensor in outgoing))
+        check_space(out_dir.parent, sum(tensor.num_bytes for tensor in outgoing))
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         _write_weights(temporary, outgoing)
         for name, content in files.items():
-            _write_file(temporary / name, content)
-        _sync_folder(temporary)
+            write_file(temporary / name, content)
+        sync_folder(temporary)
         _publish(temporary, out_dir)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
@@ -206,18 +218,19 @@ def _tower_config(
 
 
 def _outgoing(
-    parameters: Parameters, model_config: Gemma4Config, dtype: str, carried: TensorFile | None
+    parameters: Parameters, model_config: Gemma4Config, dtype: str | None, carried: TensorFile | None
 ) -> list[OutgoingTensor]:
     """Every tensor of the export. Those of one array follow each other, so that each piece of it is read once."""
     used = [tensor for tensor in tensors(model_config) if tensor.path in parameters.shapes]
     if missing := parameters.shapes.keys() - {tensor.path for tensor in used}:
         raise InputError(f"the model has parameters that an export has no names for: {', '.join(sorted(missing))}.")
     used.sort(key=lambda tensor: (tensor.path, tensor.index))
-    stored_as = STORED_AS[dtype]
-    outgoing = [
-        OutgoingTensor(tensor.name, stored_as, tensor.shape, partial(_blocks, tensor, parameters, stored_as))
-        for tensor in used
-    ]
+    outgoing = []
+    for tensor in used:
+        assert tensor.path is not None
+        stored_as = STORED_AS.get(dtype or parameters.dtypes[tensor.path].name, STORED_AS["float32"])
+        blocks = partial(_blocks, tensor, parameters, stored_as)
+        outgoing.append(OutgoingTensor(tensor.name, stored_as, tensor.shape, blocks))
     if carried is not None:
         outgoing += [OutgoingTensor.copy_of(carried, name) for name in carried.tensors]
     # Wide dtypes first: so every tensor of a file is aligned.
@@ -249,9 +262,12 @@ def _slabs(path: str, parameters: Parameters) -> Iterator[np.ndarray]:
 def _write_weights(folder: Path, outgoing: Sequence[OutgoingTensor]) -> None:
     """One weights file, or several and an index."""
     shards: list[list[OutgoingTensor]] = [[]]
+    size = 0
     for tensor in outgoing:
-        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > MAX_SHARD_BYTES:
+        size += tensor.num_bytes
+        if shards[-1] and size > MAX_SHARD_BYTES:
             shards.append([])
+            size = tensor.num_bytes
         shards[-1].append(tensor)
     if len(shards) == 1:
         write_tensor_file(folder / "model.safetensors", outgoing, PRODUCER)
@@ -263,7 +279,7 @@ def _write_weights(folder: Path, outgoing: Sequence[OutgoingTensor]) -> None:
         weight_map |= {tensor.name: name for tensor in shard}
     total = sum(tensor.num_bytes for tensor in outgoing)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_file(folder / "model.safetensors.index.json", to_json(index))
+    write_file(folder / "model.safetensors.index.json", to_json(index))
 
 
 def _check_destination(out_dir: Path) -> None:
@@ -286,20 +302,23 @@ def _foreign_files(folder: Path) -> list[str]:
     return [name for name in weights if TensorFile(folder / name).metadata != PRODUCER] if weights else names
 
 
-def _check_space(folder: Path, num_bytes: int) -> None:
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Refuses to begin what the disk has no room for."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise InputError(f"the export needs {num_bytes} bytes, and {folder} has room for {free}.")
 
 
-def _write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a new small file; it is on the disk when this returns."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Waits until the names of the files in a folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -318,5 +337,5 @@ def _publish(finished: Path, out_dir: Path) -> None:
         if old.exists():
             old.rename(out_dir)
         raise
-    _sync_folder(out_dir.parent)
+    sync_folder(out_dir.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Checkpoints in Hugging Face's format as somebody else would have written them."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,21 +16,27 @@ from tests import conversations
 from tests.hf import samples
 
 
-def write_release(folder: Path, config: Gemma4Config) -> Path:
+def write_release(
+    folder: Path,
+    config: Gemma4Config,
+    change: Callable[[str, np.ndarray], np.ndarray] = lambda name, array: array,
+) -> Path:
     """A release in miniature, with the tensors of KV-shared layers that no model uses.
 
     Args:
       folder: to make.
       config: with the token ids of the bundled tokenizer, and a vocabulary as large.
+      change: what to store in place of a tensor, in float32 until then.
     """
     folder.mkdir(parents=True)
     conversations.write_tokenizer(folder, in_place_of_rare_tokens=True)
     rng = np.random.default_rng(5)
     redundant = {t.name: rng.standard_normal(t.shape, np.float32) for t in tensors(config) if t.is_redundant}
     names = {dtype: name for name, dtype in DTYPES.items()}
+    arrays = {name: change(name, array) for name, array in (samples.restless_weights(config) | redundant).items()}
     outgoing = [
         OutgoingTensor(name, names[array.dtype], array.shape, partial(in_blocks, array))
-        for name, array in (samples.restless_weights(config) | redundant).items()
+        for name, array in arrays.items()
     ]
     write_tensor_file(folder / "model.safetensors", outgoing, {"format": "pt"})
     files = {

@@ -18,7 +18,7 @@ from flax import nnx
 
 from gemma4_jax import sizes
 from gemma4_jax.errors import InputError
-from gemma4_jax.hf import safetensors, save
+from gemma4_jax.hf import load, safetensors, save
 from gemma4_jax.hf.config import to_hf
 from gemma4_jax.hf.load import Checkpoint, load_state, write_carried
 from gemma4_jax.hf.names import flatten_paths, tensors
@@ -110,8 +110,7 @@ def test_each_device_gets_its_own_shard(mesh, folder, weights, config):
 def test_only_what_a_shard_needs_is_read(folder, config, monkeypatch):
     """Reading never makes an array larger than a shard."""
     made = []
-    empty = np.empty
-    monkeypatch.setattr("gemma4_jax.hf.load.np.empty", lambda *args, **kw: made.append(empty(*args, **kw)) or made[-1])
+    monkeypatch.setattr(load, "_aligned", lambda *args: made.append(np.empty(*args)) or made[-1])
     state = load_state(Checkpoint(folder), abstract(config, {"fsdp": 2, "expert": 2, "tensor": 2}), config)
     largest = max(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert max(array.nbytes for array in made) == largest < 1024 * 64 * 4
@@ -183,6 +182,19 @@ def test_not_a_number_is_named(weights, config, tmp_path):
     checkpoint = Checkpoint(write(tmp_path / "in", broken, config))
     with pytest.warns(UserWarning, match=r"NaN in .*layers\.\{2\}\.self_attn\.q_proj\.weight, .*norm\.weight"):
         load_state(checkpoint, abstract(config), config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_has_nan(dtype):
+    values = np.linspace(-9, 9, 300).astype(dtype).reshape(3, 100)
+    values[1, :2] = np.inf, -np.inf
+    assert not safetensors.has_nan(values)
+    assert not safetensors.has_nan(values[0, 0])
+    assert not safetensors.has_nan(values[:0])
+    for nan in (np.nan, -np.nan):
+        values[2, 99] = nan
+        assert safetensors.has_nan(values)
+    assert safetensors.has_nan(values[2, 99, ...])
 
 
 def test_infinite_clip_bounds_are_no_reason_to_warn(weights, config, tmp_path, recwarn):

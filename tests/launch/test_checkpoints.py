@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import PIL.Image
 import pytest
 
 import gemma4_jax
+from gemma4_jax.hf.names import tensors
 from gemma4_jax.hf.save import CARRIED, export_run
 from gemma4_jax.launch import cli, run_config
 from tests.hf import checkpoints
@@ -68,7 +70,7 @@ def test_convert_leaves_nothing_half_written(release, tmp_path, capsys, monkeypa
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gemma4_jax.hf.convert.load_state", stop)
+    monkeypatch.setattr("gemma4_jax.hf.convert.save_streamed", stop)
     assert run(capsys, "convert", release, tmp_path / "out")[0] == 130
     assert not list(tmp_path.iterdir())
 
@@ -80,13 +82,34 @@ def overrides(run_dir: Path, tokenizer: Path, **fields) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["from_hf", "from_run"])
-def test_a_run_that_learns_nothing_exports_what_it_began_from(source, converted, release, tmp_path, capsys):
+def test_a_run_that_learns_nothing_exports_what_it_began_from(release, tmp_path, capsys):
     """A learning rate too small to change a float32: so what was trained are the parameters of the checkpoint."""
-    init = {f"init.{source}": release if source == "from_hf" else converted}
-    status, _, error = run(capsys, "train", *overrides(tmp_path / "run", release / "tokenizer.json", **init))
+    arguments = overrides(tmp_path / "run", release / "tokenizer.json", **{"init.from_hf": release})
+    status, _, error = run(capsys, "train", *arguments)
     assert status == 0, error
     assert checkpoints.stored(tmp_path / "run" / "export") == checkpoints.stored(release)
+
+
+@pytest.mark.slow
+def test_a_run_from_a_converted_checkpoint_trains_in_float32(config, tmp_path, capsys):
+    """What is stored in bfloat16 is cast when a run begins, and what the run carries stays as it is."""
+    release = checkpoints.write_release(tmp_path / "in", config, lambda _, array: array.astype(ml_dtypes.bfloat16))
+    assert run(capsys, "convert", release, tmp_path / "converted")[0] == 0
+    arguments = overrides(tmp_path / "run", release / "tokenizer.json", **{"init.from_run": tmp_path / "converted"})
+    status, _, error = run(capsys, "train", *arguments)
+    assert status == 0, error
+    kinds = {name: kind for name, (kind, *_) in checkpoints.stored(tmp_path / "run" / "export").items()}
+    redundant = {tensor.name for tensor in tensors(config) if tensor.is_redundant}
+    assert redundant
+    assert kinds == {name: "BF16" if name in redundant else "F32" for name in kinds}
+    assert run(capsys, "export", tmp_path / "run", tmp_path / "out", "--dtype=bfloat16")[0] == 0
+    assert checkpoints.stored(tmp_path / "out") == checkpoints.stored(release)
+
+
+def test_export_refuses(converted, tmp_path, capsys):
+    assert "perhaps --dtype=DTYPE, and was given nothing" in refused(capsys, "export")
+    assert "dtype='int8' is not possible" in refused(capsys, "export", converted, tmp_path / "out", "--dtype=int8")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_another_model_is_refused_before_anything_is_written(config, converted, release, tmp_path, capsys):
@@ -157,4 +180,4 @@ def test_help(capsys):
 def test_what_convert_wrote_is_plain(converted):
     content = json.loads((converted / "config.json").read_text())
     assert content["data"] == {"soft_tokens_per_image": 70}
-    assert Path(content["tokenizer"]) == converted / "tokenizer" / "tokenizer.json"
+    assert content["tokenizer"] == "tokenizer/tokenizer.json"

@@ -59,11 +59,12 @@ def stand_in(monkeypatch, name, **functions):
     monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_export_hands_over_its_two_folders(monkeypatch):
+def test_export_hands_over_its_two_folders_and_a_dtype(monkeypatch):
     calls = []
-    stand_in(monkeypatch, "gemma4_jax.hf.save", export_run=lambda *places: calls.append(places))
+    stand_in(monkeypatch, "gemma4_jax.hf.save", export_run=lambda *places, dtype: calls.append((*places, dtype)))
     assert cli.main(["export", "run", "out"]) == 0
-    assert calls == [("run", "out")]
+    assert cli.main(["export", "--dtype=bfloat16", "run", "out"]) == 0
+    assert calls == [("run", "out", None), ("run", "out", "bfloat16")]
 
 
 def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
