@@ -27,22 +27,22 @@ def get_config() -> ConfigDict:
     # Sliding layers see the end of an image from the answer to it, where the number is.
     config.model.text.sliding_window = 16
 
-    # A row holds four images of at most 40 soft tokens and what is asked about them; a step reads about a dozen.
+    # A row holds four images of at most 40 soft tokens and what is asked about them; a step reads about thirty.
     config.data.mixture = ConfigDict({"digits": 0.98, "python": 0.02})
     config.data.seq_len = 216
     config.data.images_per_row = 4
     config.data.patches_per_row = 640
     config.data.patches_per_image = 160
-    config.data.batch_size = 3
+    config.data.batch_size = 8
 
-    config.train.num_steps = 1000
+    config.train.num_steps = 700
     config.train.loss_chunk = config.data.seq_len
-    config.optimizer.learning_rate = 6e-3
+    config.optimizer.learning_rate = 8e-3
     config.optimizer.final_learning_rate_fraction = 0.03
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.01
 
-    config.checkpoint.every_steps = 500
-    config.eval.every_steps = 1000
+    config.checkpoint.every_steps = 350
+    config.eval.every_steps = 700
     config.eval.num_images = 1024
     return config

@@ -8,7 +8,6 @@ digit to the token that reads it is always the same distance, which a model of s
 it learns on one digit serves all.
 """
 
-import functools
 from importlib import resources
 
 import numpy as np
@@ -28,8 +27,6 @@ QUESTIONS = ("read: ", "number? ", "value = ")
 STRIPS = ((282, 16), (288, 15), (296, 15), (304, 14), (312, 14), (320, 14))
 """Width and height of strips in pixels; scans are stretched to the height. They resize to one row of 35 to 40 cells."""
 
-_VARIANTS = 16
-
 # Shares of training documents by their number of images.
 _IMAGES_SHARES = (0.7, 0.1, 0.1, 0.1)
 
@@ -42,28 +39,16 @@ def load_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
         return arrays["scans"][chosen].astype(np.float32) / 16, arrays["labels"][chosen]
 
 
-@functools.cache
-def _training_variants() -> tuple[np.ndarray, np.ndarray]:
-    """(scans, labels) of training, with variants of each scan: a little turned, scaled, slanted and shifted."""
-    scans, labels = load_scans("train")
-    rng = np.random.default_rng(0)
-    variants = [scans]
-    for _ in range(_VARIANTS - 1):
-        turn, slant = rng.uniform(-0.15, 0.15, (2, len(scans)))
-        scale = rng.uniform(0.9, 1.1, (2, len(scans)))
-        shift = rng.uniform(-0.4, 0.4, (2, len(scans))) + (SCAN - 1) / 2
-        # Output pixel (x, y) reads the input at matrix @ (x - c, y - c) + c + shift.
-        matrix = np.stack([scale[0], slant - turn, turn, scale[1]])
-        offset = shift - (SCAN - 1) / 2 * np.stack([matrix[0] + matrix[1], matrix[2] + matrix[3]])
-        coefficients = np.stack([matrix[0], matrix[1], offset[0], matrix[2], matrix[3], offset[1]], axis=1)
-        variants.append(np.stack([_warp(scan, row) for scan, row in zip(scans, coefficients, strict=True)]))
-    return np.concatenate(variants).clip(0, 1), np.tile(labels, _VARIANTS)
-
-
-def _warp(scan: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    image = PIL.Image.fromarray(scan)
+def vary(rng: np.random.Generator, scan: np.ndarray) -> np.ndarray:
+    """A scan [8, 8] a little turned, scaled, slanted and shifted: no two that training shows are the same."""
+    turn, slant = rng.uniform(-0.15, 0.15, 2)
+    matrix = np.array([[rng.uniform(0.9, 1.1), slant - turn], [turn, rng.uniform(0.9, 1.1)]])
+    centre = (SCAN - 1) / 2
+    # Output pixel p reads the input at matrix @ (p - centre) + centre + shift.
+    offset = centre - matrix.sum(axis=1) * centre + rng.uniform(-0.4, 0.4, 2)
     affine, bicubic = PIL.Image.Transform.AFFINE, PIL.Image.Resampling.BICUBIC
-    return np.asarray(image.transform((SCAN, SCAN), affine, tuple(coefficients), bicubic))
+    coefficients = tuple(np.column_stack([matrix, offset]).ravel())
+    return np.asarray(PIL.Image.fromarray(scan).transform(scan.shape, affine, coefficients, bicubic)).clip(0, 1)
 
 
 def compose(rng: np.random.Generator, scans: np.ndarray) -> np.ndarray:
@@ -88,8 +73,8 @@ def compose(rng: np.random.Generator, scans: np.ndarray) -> np.ndarray:
 class DigitsSource:
     """Documents that show numbers and ask to read them.
 
-    A training document holds one to four images; a held-out one a single image, made of scans that no training
-    document shows. Document i depends on nothing but the split, the seed and i.
+    A training document holds one to four images, made of variants of scans; a held-out one a single image, made of
+    scans that no training document shows. Document i depends on nothing but the split, the seed and i.
 
     Args:
       split: "train" or "held_out".
@@ -99,7 +84,7 @@ class DigitsSource:
     def __init__(self, split: str, seed: int) -> None:
         self._is_train = split == "train"
         self._seed = seed
-        self._scans, self._labels = _training_variants() if self._is_train else load_scans(split)
+        self._scans, self._labels = load_scans(split)
 
     def __len__(self) -> int:
         return 2**31 - 1  # without end; as many as a shuffle of 32 bits can address
@@ -111,5 +96,8 @@ class DigitsSource:
             chosen = rng.integers(len(self._labels), size=rng.integers(1, PLACES + 1))
             answer = "".join(map(str, self._labels[chosen])) + "\n"
             question = QUESTIONS[rng.integers(len(QUESTIONS))]
-            segments += [Text(question, loss=False), Image(compose(rng, self._scans[chosen])), Text(answer)]
+            scans = self._scans[chosen]
+            if self._is_train:
+                scans = np.stack([vary(rng, scan) for scan in scans])
+            segments += [Text(question, loss=False), Image(compose(rng, scans)), Text(answer)]
         return Document(tuple(segments), f"digits {index}")

@@ -49,12 +49,12 @@ def inputs(documents: Sequence[samples.Segments], config: Gemma4Config) -> dict[
     images = [image for example in examples for image in example.images]
     if images:
         width = max(len(image.patches) for image in images)
-        pixels = np.zeros((len(images), width, config.vision.patch_dim), np.float32)
+        pixels = np.zeros((len(images), width, config.vision.patch_dim))
         positions = np.full((len(images), width, 2), -1, np.int64)
         for i, image in enumerate(images):
             # The reference has patches in raster order; ours come cell by cell.
             raster = np.lexsort((image.positions[:, 0], image.positions[:, 1]))
-            pixels[i, : len(raster)] = image.patches[raster] / np.float32(255)
+            pixels[i, : len(raster)] = image.patches[raster] / 255
             positions[i, : len(raster)] = image.positions[raster]
         given |= {"pixel_values": pixels, "image_position_ids": positions}
     if config.audio is not None:
@@ -122,7 +122,12 @@ def in_float64() -> Iterator[None]:
 
 
 def _cast(given: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+    """As a model of this dtype wants its arguments; pixels it casts itself, so they are no narrower than float32."""
+    dtypes = {"pixel_values": torch.float64 if dtype == torch.float64 else torch.float32}
+    return {
+        name: tensor.to(dtypes.get(name, dtype)) if tensor.is_floating_point() else tensor
+        for name, tensor in given.items()
+    }
 
 
 def loss_and_gradients(
