@@ -6,13 +6,14 @@ Makes a synthetic checkpoint of E2B's shape, then, in turn and in a process of i
 it; converts it; exports a model in memory; exports what was converted; exports the checkpoint of a run. Each begins
 with nothing in the disk cache, and ends when all it wrote is on the disk. Speed is bytes of the checkpoint over
 seconds. Memory is the peak above what the process held when it began, and above the arrays that it was asked for. All
-of it is repeated, and medians are shown. Prints a table and writes JSON; everything else is deleted.
+of it is repeated. Prints a table and writes it to docs/hf_io.md, with the rounds in JSON; everything else is deleted.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+import mmap
 import os
 import shutil
 import statistics
@@ -31,8 +32,29 @@ import numpy as np
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.sizes import SIZES
 
-STAGES = ("copy", "import", "convert", "export_state", "export_converted", "export_run")
+STAGES = {
+    "copy": "copy of the file",
+    "import": "`load_hf`, to the arrays of a model",
+    "convert": "`gemma4 convert`",
+    "export_state": "`save_hf`, from a model in memory",
+    "export_converted": "`gemma4 export` of what was converted",
+    "export_run": "`gemma4 export` of a training run: float32 in, bfloat16 out",
+}
 BLOCK = 1 << 24
+PAGE = Path(__file__).parents[1] / "docs" / "hf_io.md"
+TEXT = """# Speed and memory of weights going in and out
+
+Written by `benchmarks/hf_io.py`: a synthetic checkpoint of E2B's shape, {gigabytes:.2f} GB of bfloat16, on a machine
+with {cores} cores and {memory:.0f} GB of memory. Each line is a process of its own that begins with nothing in the disk
+cache and ends when all is on the disk. Medians of {repeats} rounds; memory is the highest.
+
+| | seconds | GB/s of the checkpoint | speed over the copy's | GB of memory above the start |
+| --- | ---: | ---: | ---: | ---: |
+{lines}
+
+The arrays that a model is loaded into are not counted as memory above the start, and everything else is. A training run
+keeps float32, so its export reads twice as many bytes as it writes, compressed.
+"""
 
 
 def config_of(gigabytes: float) -> Gemma4Config:
@@ -225,7 +247,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--gigabytes", type=float, default=8.4, help="size of the checkpoint")
     parser.add_argument("--repeats", type=int, default=3, help="rounds through all stages")
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, help="those to measure")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="those to measure")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"), help="where the JSON goes")
     parser.add_argument("--stage", choices=(*STAGES, "save_run"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -235,17 +257,17 @@ def main() -> None:
     stages = [stage for stage in STAGES if stage in {"copy", *arguments.stages}]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         figures = measure(Path(folder), arguments.gigabytes, arguments.repeats, stages)
-    cores = len(os.sched_getaffinity(0))
-    rows = summary(figures)
-    print(f"checkpoint of {figures['copy'][0]['bytes'] / 1e9:.2f} GB, {cores} cores, {arguments.repeats} rounds")
-    for stage, row in rows.items():
-        print(
-            f"  {stage:<17}{row['seconds']:7.1f} s {row['gigabytes_per_second']:6.2f} GB/s "
-            f"{row['of_the_copy']:6.2f} of the copy {row['gigabytes_above']:6.2f} GB above"
-        )
-    content = {"cores": cores, "bytes": figures["copy"][0]["bytes"], "medians": rows, "rounds": figures}
-    arguments.out.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"wrote {arguments.out}")
+    arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+    lines = [
+        f"| {STAGES[stage]} | {row['seconds']:.1f} | {row['gigabytes_per_second']:.2f} | "
+        f"{row['of_the_copy']:.2f} | {row['gigabytes_above']:.2f} |"
+        for stage, row in summary(figures).items()
+    ]
+    print("\n".join(lines))
+    if set(stages) == set(STAGES):
+        machine = {"cores": len(os.sched_getaffinity(0)), "memory": os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE / 1e9}
+        size = figures["copy"][0]["bytes"] / 1e9
+        PAGE.write_text(TEXT.format(**machine, gigabytes=size, repeats=arguments.repeats, lines="\n".join(lines)))
 
 
 if __name__ == "__main__":

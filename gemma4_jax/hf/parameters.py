@@ -70,8 +70,7 @@ class CheckpointParameters:
             raise InputError(f"{run_dir} holds no checkpoint: train it first.")
         self.folder = (checkpoints / str(max(steps)) / "model").absolute()
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                metadata = checkpointer.metadata(self.folder).item_metadata
+            metadata = ocp.PyTreeCheckpointHandler().metadata(self.folder)
         except Exception as error:  # a damaged checkpoint meets the library with exceptions of every kind
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"checkpoint {self.folder.parent} cannot be read: {reason}.") from error
