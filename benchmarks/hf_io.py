@@ -38,7 +38,7 @@ STAGES = {
     "convert": "`gemma4 convert`",
     "export_state": "`save_hf`, from a model in memory",
     "export_converted": "`gemma4 export` of what was converted",
-    "export_run": "`gemma4 export` of a training run: float32 in, bfloat16 out",
+    "export_run": "`gemma4 export` of a training run",
 }
 BLOCK = 1 << 24
 PAGE = Path(__file__).parents[1] / "docs" / "hf_io.md"
@@ -46,14 +46,14 @@ TEXT = """# Speed and memory of weights going in and out
 
 Written by `benchmarks/hf_io.py`: a synthetic checkpoint of E2B's shape, {gigabytes:.2f} GB of bfloat16, on a machine
 with {cores} cores and {memory:.0f} GB of memory. Each line is a process of its own that begins with nothing in the disk
-cache and ends when all is on the disk. Medians of {repeats} rounds; memory is the highest.
+cache and ends when all is on the disk. Medians of {repeats} rounds, ratios within a round; memory is the highest.
 
 | | seconds | GB/s of the checkpoint | speed over the copy's | GB of memory above the start |
 | --- | ---: | ---: | ---: | ---: |
 {lines}
 
-The arrays that a model is loaded into are not counted as memory above the start, and everything else is. A training run
-keeps float32, so its export reads twice as many bytes as it writes, compressed.
+The arrays that a model is loaded into are not counted as memory above the start, and everything else is. All is in
+bfloat16, also the run, whose checkpoint is compressed as training writes it.
 """
 
 

@@ -27,6 +27,8 @@ from gemma4_jax.tokenizer import Tokenizer
 
 _MAX_JSON_BYTES = 1 << 26
 _ALIGNMENT = 64
+_MAPPED_BYTES = 1 << 28
+"""About how much of a tensor is read before the memory of its file's pages is given back."""
 
 
 class Checkpoint:
@@ -114,10 +116,14 @@ class ParameterReader:
 
     def _read_tensor(self, tensor: Tensor, index: tuple[slice, ...], target: np.ndarray) -> None:
         file = self._checkpoint.files[tensor.name]
-        copy_transposed(target, tensor.to_ours(file.read(tensor.name))[index])
-        if has_nan(target):
-            self._with_nan.add(tensor.name)
-        file.release(tensor.name)
+        target, source = np.atleast_1d(target, tensor.to_ours(file.read(tensor.name))[index])
+        rows = max(1, _MAPPED_BYTES * len(target) // max(1, target.nbytes))
+        for start in range(0, len(target), rows):
+            piece = target[start : start + rows]
+            copy_transposed(piece, source[start : start + rows])
+            if has_nan(piece):
+                self._with_nan.add(tensor.name)
+            file.release(tensor.name)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
