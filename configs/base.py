@@ -118,7 +118,7 @@ def get_config(size: str = "quickstart") -> ConfigDict:
     scale.vision = 1.0
     # The tables of token and of per-layer embeddings.
     scale.embedding = 1.0
-    # Everything else.
+    # Everything else, but for the audio tower: it is frozen, for no source gives documents with sounds.
     scale.decoder = 1.0
 
     config.checkpoint = checkpoint = ConfigDict()
@@ -128,10 +128,13 @@ def get_config(size: str = "quickstart") -> ConfigDict:
     checkpoint.keep = 2
 
     config.eval = evaluation = ConfigDict()
+    # The source to evaluate on: one of data.sources, all of it, or "digits" or "python", whose held-out documents are
+    # read; "" is the first of data.mixture that holds documents back. Numbers are read in "digits" alone.
+    evaluation.source = ""
     # Steps between evaluations; the last step is always evaluated.
     evaluation.every_steps = 200
-    # Held-out images whose numbers are read in an evaluation.
-    evaluation.num_images = 1000
+    # Documents that an evaluation reads, at most; of "digits", each is an image.
+    evaluation.num_documents = 1000
     # Rows in a batch of evaluation.
     evaluation.batch_size = 8
 

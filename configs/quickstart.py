@@ -43,5 +43,5 @@ def get_config() -> ConfigDict:
 
     config.checkpoint.every_steps = 350
     config.eval.every_steps = 350
-    config.eval.num_images = 1024
+    config.eval.num_documents = 1024
     return config

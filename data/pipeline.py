@@ -124,39 +124,51 @@ def read_counters(iterator: grain.DatasetIterator) -> dict[str, int]:
     return counters
 
 
-def held_out_sources(config: Any) -> list[str]:
-    """The sources of `data.mixture` that keep documents back for evaluation."""
+def eval_source(config: Any) -> str | None:
+    """The source to evaluate on: eval.source, or else the first of data.mixture that keeps documents back, if any."""
     data = config.data
-    return [name for name, weight in data.mixture.items() if weight and source_spec(data, name) in BUNDLED]
+    if config.eval.source:
+        return config.eval.source
+    kept_back = (name for name, weight in data.mixture.items() if weight and source_spec(data, name) in BUNDLED)
+    return next(kept_back, None)
 
 
 def eval_batches(
-    config: Any, model_config: Gemma4Config, tokenizer: Tokenizer, batch_size: int, *, source: str = "digits"
+    config: Any, model_config: Gemma4Config, tokenizer: Tokenizer, batch_size: int
 ) -> list[tuple[Batch, list[EvalItem]]]:
-    """Held-out documents of one source, packed; the same on every call and in every process.
+    """The documents of `eval_source`, packed; the same on every call and in every process.
 
     Args:
-      config: the run config; `config.data` and `config.eval.num_images` are read.
+      config: the run config; `config.data` and `config.eval` are read.
       model_config, tokenizer: as in `make_train_iterator`.
       batch_size: rows of each batch; the last is filled up with rows of padding.
-      source: one of `held_out_sources`.
     Returns:
-      Batches, each with one item for every document in it that has an image; for "digits" that is every one.
+      Batches, and of "digits" one item for every document in it; none if there is nothing to evaluate on.
     Raises:
       InputError: if the config is not possible, or no document can be used.
     """
+    source = eval_source(config)
+    if source is None:
+        return []
     tokenize = _document_tokenizer(config, model_config, tokenizer)
     shape = RowShape.from_config(config.data, model_config)
-    documents = open_source(source_spec(config.data, source), split="held_out")
-    examples = grain.MapDataset.source(TokenizedSource(documents, tokenize))[: config.eval.num_images]
+    spec = source_spec(config.data, source)
+    documents = open_source(spec, split="held_out" if spec in BUNDLED else "train")
+    examples = grain.MapDataset.source(TokenizedSource(documents, tokenize))[: config.eval.num_documents]
     rows = list(PackIterDataset(examples.to_iter_dataset(_READ_IN_PLACE), shape))
     if not rows:
-        raise InputError(f"None of the eval.num_images={config.eval.num_images} documents of {source!r} can be used.")
+        raise InputError(
+            f"None of the eval.num_documents={config.eval.num_documents} documents of {source!r} can be used."
+        )
     rows += [[]] * (-len(rows) % batch_size)
     batches = []
     for start in range(0, len(rows), batch_size):
         batch_rows = rows[start : start + batch_size]
-        items = [item for b, row in enumerate(batch_rows) for item in _eval_items(b, row, model_config, tokenizer)]
+        items = [
+            item
+            for b, row in enumerate(batch_rows if spec == "digits" else ())
+            for item in _eval_items(b, row, model_config, tokenizer)
+        ]
         batches.append((assemble(batch_rows, shape, tokenizer.tokens.image), items))
     return batches
 

@@ -1,6 +1,7 @@
 """`Processor`: what a person or a program has at hand, texts, talks, images, sounds or token ids, to a `Batch`."""
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ class Processor:
           audios: sounds, likewise. See `AudioInput`.
           tokens: instead of `inputs`: token ids, or a list of such rows, taken as they are; every soft token of an
             image or a sound has its placeholder.
-          tools, add_generation_prompt, variables: of conversations, see `ChatTemplate.encode`.
+          tools, add_generation_prompt, variables: of conversations, see `ChatTemplate.encode`. Tools and variables are
+            refused beside any other input.
         Returns:
           Batch of numpy arrays. Loss weights are 1 where the model's part of a conversation would be predicted, and on
           every token of texts and `tokens` but the first; on placeholders never.
@@ -87,18 +89,20 @@ class Processor:
         rows = [given] if is_single else list(given)
         if not rows:
             raise InputError("there is no input: give at least one.")
+        options = {**variables} if tools is None else {"tools": tools, **variables}
+        if options and (tokens is not None or any(isinstance(row, str) for row in rows)):
+            raise InputError(f"{', '.join(options)} cannot be used here: only conversations have tools and variables.")
         media = [
             _of_rows(name, those, len(rows), is_single=is_single)
             for name, those in (("images", images), ("audios", audios))
         ]
         examples = []
         for row, row_images, row_audios in zip(rows, *media, strict=True):
-            if tokens is not None:
-                examples.append(self._from_tokens(row, row_images or (), row_audios or ()))
-            elif isinstance(row, str):
-                examples.append(self._from_text(row, row_images or (), row_audios or ()))
+            if tokens is not None or isinstance(row, str):
+                read = self._from_text if tokens is None else self._from_tokens
+                examples.append(read(row, *(() if given is None else given for given in (row_images, row_audios))))
             else:
-                options = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+                options["add_generation_prompt"] = add_generation_prompt
                 examples.append(self._from_messages(row, row_images, row_audios, options))
         roles = self.tokenizer.tokens
         if any(np.isin(example.tokens, roles.video).any() for example in examples):
@@ -132,9 +136,12 @@ class Processor:
         return self._expand(ids, carries_loss, images, audios)
 
     def _from_tokens(self, tokens: Any, images: Sequence[ImageInput], audios: Sequence[AudioInput]) -> Example:
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:  # of a ragged list
+            ids = np.zeros(0)
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or ids.min() < 0:
-            raise InputError(f"tokens must be rows of token ids, and one is {tokens!r:.100}.")
+            raise InputError(f"tokens must be rows of token ids, and one is {reprlib.repr(tokens):.100}.")
         if ids.max() >= self.tokenizer.vocab_size:
             raise InputError(f"tokens hold {ids.max()}, and the vocabulary ends at {self.tokenizer.vocab_size - 1}.")
         patches, sounds = tuple(map(self._patches, images)), tuple(map(self._sound, audios))
@@ -204,19 +211,20 @@ def _is_single(given: Any) -> bool:
         return True
     if not isinstance(given, Sequence | np.ndarray):
         raise InputError(f"an input must be a text, a list of messages, or a list of either, and is {given!r:.100}.")
-    return len(given) > 0 and (
-        isinstance(given[0], Mapping) or (np.ndim(given[0]) == 0 and not isinstance(given[0], str))
-    )
+    return len(given) > 0 and not isinstance(given[0], Sequence) and getattr(given[0], "ndim", 0) == 0
 
 
 def _of_rows(name: str, given: Sequence[Any] | None, num_rows: int, *, is_single: bool) -> list[Any]:
     """The images or sounds of every row; None where none are given."""
     if given is None:
         return [None] * num_rows
-    rows = [given] if is_single else list(given)
+    rows: Any = [given] if is_single else given
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, list | tuple | None) for row in rows):
+        one = f"[{name.removesuffix('s')}]"
+        raise InputError(f"{name} must be a list for each input: write {name}={one if is_single else f'[{one}, []]'}.")
     if len(rows) != num_rows:
         raise InputError(f"{name} are given for {len(rows)} inputs, and there are {num_rows}.")
-    return rows
+    return list(rows)
 
 
 def _inside_or_beside(messages: Any, kind: str, beside: Sequence[Any] | None) -> Sequence[Any]:

@@ -97,9 +97,9 @@ def image_patches(image: Image, vision: VisionConfig | None, max_soft_tokens: in
     if vision is None:
         raise InputError("The model has no vision tower (model.vision is empty), so it cannot read images.")
     budget = image.max_soft_tokens or max_soft_tokens
-    if budget not in SOFT_TOKEN_BUDGETS or budget > max_soft_tokens:
+    if type(budget) is not int or budget not in SOFT_TOKEN_BUDGETS or budget > max_soft_tokens:
         accepted = ", ".join(str(b) for b in SOFT_TOKEN_BUDGETS if b <= max_soft_tokens)
-        raise InputError(f"max_soft_tokens={budget} of an image must be one of {accepted}.")
+        raise InputError(f"max_soft_tokens={budget!r:.100} of an image must be one of {accepted}.")
     cells = {"patch_size": vision.patch_size, "pooling_size": vision.pooling_size}
     pixels = decode_image(image.content) if isinstance(image.content, bytes) else image.content
     return cut_patches(resize_image(pixels, max_soft_tokens=budget, **cells), **cells)

@@ -30,6 +30,7 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "head_dim": None,
     "per_layer_embed": None,
+    "per_layer_table": "fsdp",
     "gate_and_up": None,
     "patch": None,
     "xy": None,

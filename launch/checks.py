@@ -34,6 +34,7 @@ def _one_of(*values: Any) -> Range:
     return Range(lambda value: value in values, f"one of {', '.join(map(str, values))}")
 
 
+_SEED = Range(lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1")
 _POSITIVE = Range(lambda value: value > 0, "greater than 0")
 _FRACTION = Range(lambda value: 0 <= value <= 1, "between 0 and 1")
 _DECAY = Range(lambda value: 0 <= value < 1, "at least 0 and less than 1")
@@ -41,7 +42,7 @@ _NOT_EMPTY = Range(lambda value: bool(value.strip()), "a name, not empty")
 
 RANGES: dict[str, Range] = {
     "name": _NOT_EMPTY,
-    "seed": _at_least(0),
+    "seed": _SEED,
     "run_dir": _NOT_EMPTY,
     "tokenizer": _NOT_EMPTY,
     "data.seq_len": _at_least(2),
@@ -51,7 +52,7 @@ RANGES: dict[str, Range] = {
     "data.soft_tokens_per_image": _one_of(*SOFT_TOKEN_BUDGETS),
     "data.batch_size": _at_least(1),
     "data.num_workers": _at_least(0),
-    "data.seed": _at_least(0),
+    "data.seed": _SEED,
     "train.num_steps": _at_least(1),
     "train.grad_accum_steps": _at_least(1),
     "train.compute_dtype": _one_of("auto", "bfloat16", "float32"),
@@ -72,7 +73,7 @@ RANGES: dict[str, Range] = {
     "checkpoint.every_steps": _at_least(1),
     "checkpoint.keep": _at_least(1),
     "eval.every_steps": _at_least(1),
-    "eval.num_images": _at_least(1),
+    "eval.num_documents": _at_least(1),
     "eval.batch_size": _at_least(1),
     "log.every_steps": _at_least(1),
 }
@@ -183,10 +184,15 @@ def check_values(config: Any) -> None:
     )  # fmt: skip
     scales = optimizer.learning_rate_scale.to_dict()
     _require(any(scales.values()), "optimizer.learning_rate_scale", scales, "above 0 for at least one group")
+    _require(
+        data.images_per_row > 0 or config.model.vision is None or scales["vision"] == 0,
+        "optimizer.learning_rate_scale.vision", scales["vision"],
+        "0 where data.images_per_row=0 lets the vision tower see nothing: it would only decay",
+    )  # fmt: skip
 
 
 def check_batch(config: Any, mesh: Mapping[str, int]) -> None:
-    """Checks that the rows of a batch, cut into its accumulation steps, spread evenly over the devices.
+    """Checks that the rows of a batch, cut into its accumulation steps, and their positions spread evenly.
 
     Args:
       config: the run config.
@@ -205,6 +211,10 @@ def check_batch(config: Any, mesh: Mapping[str, int]) -> None:
     _require(
         config.eval.batch_size % rows == 0,
         "eval.batch_size", config.eval.batch_size, f"a multiple of the {rows} shards of rows ({sizes})",
+    )  # fmt: skip
+    _require(
+        config.data.seq_len % mesh["context"] == 0,
+        "data.seq_len", config.data.seq_len, f"a multiple of mesh.context={mesh['context']}",
     )  # fmt: skip
 
 

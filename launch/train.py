@@ -34,10 +34,12 @@ def main(arguments: Sequence[str]) -> None:
     RowShape.from_config(config.data, model_config)
     checks.check_batch(config, make_mesh(config.mesh.to_dict()).shape)
 
+    from gemma4_jax.train.checkpoint import latest_step
     from gemma4_jax.train.initialize import check_source
     from gemma4_jax.train.loop import train
 
-    check_source(config.init, model_config)
+    if latest_step(Path(config.run_dir)) is None:  # else the run goes on from there, wherever it once began
+        check_source(config.init, model_config)
     train(config, model_config)
     if config.export.at_end:
         from gemma4_jax.hf.save import export_run

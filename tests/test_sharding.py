@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,21 @@ def test_two_axes_of_an_array_on_one_mesh_axis_are_an_error(axes):
 def test_a_name_that_is_not_in_the_table_is_an_error():
     with pytest.raises(KeyError, match="widht"):
         partition_spec(("widht",))
+
+
+def test_no_large_array_of_e2b_is_whole_on_a_device():
+    model = nnx.eval_shape(lambda: Gemma4(SIZES["e2b"](), nnx.Rngs(0)))
+    mesh = jax.sharding.AbstractMesh((1, 8, 1, 1, 1), MESH_AXES, (jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+    variables = dict(nnx.to_flat_state(nnx.state(model)))
+    shares = {
+        path: (
+            math.prod(sharding.get_value().shard_shape(variables[path].get_value().shape)),
+            variables[path].get_value().size,
+        )
+        for path, sharding in nnx.to_flat_state(param_shardings(nnx.state(model), mesh))
+    }
+    here, everywhere = (sum(sizes) for sizes in zip(*shares.values(), strict=True))
+    assert here < 1.02 * everywhere / 8
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -24,6 +24,12 @@ MAX_CHUNK_BYTES = 2**28
 """The most of an array that is written, compressed and read in one piece, so that an export needs no more memory."""
 
 
+def latest_step(run_dir: Path) -> int | None:
+    """Step of the latest checkpoint in a run directory; None if there is none."""
+    folder = run_dir / "checkpoints"
+    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
+
+
 class Checkpoints:
     """The checkpoints in a run directory.
 
@@ -73,6 +79,8 @@ class Checkpoints:
         )
         try:
             restored = self._manager.restore(step, args=items)
+        except InputError:  # the data is not what it was: nothing is wrong with the checkpoint
+            raise
         except (ValueError, KeyError, FileNotFoundError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(

@@ -1,5 +1,6 @@
 """`train`: a whole run, from its config to its report, and on from wherever it was stopped."""
 
+import contextlib
 import json
 import math
 import resource
@@ -14,12 +15,13 @@ from typing import Any
 
 import grain
 import jax
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
-from gemma4_jax.data.pipeline import EvalItem, eval_batches, held_out_sources, make_train_iterator, read_counters
+from gemma4_jax.data.pipeline import EvalItem, eval_batches, make_train_iterator, read_counters
 from gemma4_jax.errors import InputError
 from gemma4_jax.sharding import BATCH_AXES, batch_sharding, make_mesh
 from gemma4_jax.tokenizer import Tokenizer
@@ -29,7 +31,7 @@ from gemma4_jax.train.initialize import initial_values
 from gemma4_jax.train.metrics import Meter, MetricsLog, Terminal, read_records
 from gemma4_jax.train.report import summarize, write_report, write_summary
 from gemma4_jax.train.run_dir import open_run_dir
-from gemma4_jax.train.state import abstract_state, create_state
+from gemma4_jax.train.state import TrainState, abstract_state, create_state
 from gemma4_jax.train.step import make_eval_step, make_train_step
 
 NUM_SAMPLES = 24
@@ -54,27 +56,28 @@ def train(config: Any, model_config: Gemma4Config) -> dict[str, Any]:
       InputError: the run directory, the devices or the data are not acceptable, or the loss is no longer a number.
     """
     started = time.perf_counter()
-    run_dir = open_run_dir(config)
     mesh = make_mesh(config.mesh.to_dict())
     _check_processes(mesh)
     tokenizer = Tokenizer.load(config.tokenizer)
-    iterator = make_train_iterator(
-        config, model_config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
-    )
-    checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
-    try:
+    with contextlib.ExitStack() as stack:
+        iterator = make_train_iterator(
+            config, model_config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        stack.callback(iterator.close)
+        held_out = eval_batches(config, model_config, tokenizer, config.eval.batch_size)
+        structure = abstract_state(model_config, config, mesh)
+        # Only now: a run that cannot begin leaves no config behind that the next one would have to be like.
+        run_dir = open_run_dir(config)
+        checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
+        stack.callback(checkpoints.close)
         if (summary := _summary_of_finished(run_dir, checkpoints.latest_step, config.train.num_steps)) is not None:
             if jax.process_index() == 0:
                 print(f"{run_dir} holds the finished run: there is nothing left to do.")
             return summary
-        held_out = _held_out(config, model_config, tokenizer)
         with jax.set_mesh(mesh):
-            run = _Run(config, model_config, mesh, run_dir, iterator, held_out, checkpoints)
+            run = _Run(config, model_config, mesh, structure, run_dir, iterator, held_out, checkpoints)
             run.train()
             return run.finish(tokenizer, started)
-    finally:
-        checkpoints.close()
-        iterator.close()
 
 
 class _Run:
@@ -85,6 +88,7 @@ class _Run:
         config: Any,
         model_config: Gemma4Config,
         mesh: Mesh,
+        structure: tuple[nnx.GraphDef, TrainState],
         run_dir: Path,
         iterator: grain.DatasetIterator,
         held_out: HeldOut,
@@ -93,7 +97,7 @@ class _Run:
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
         self.iterator, self.held_out, self.checkpoints = iterator, held_out, checkpoints
         self.num_steps = config.train.num_steps
-        self.graphdef, abstract = abstract_state(model_config, config, mesh)
+        self.graphdef, abstract = structure
         latest = checkpoints.latest_step
         if latest is None:
             values = initial_values(config.init, model_config, abstract, run_dir)
@@ -114,6 +118,8 @@ class _Run:
         with self.terminal, _Preemption() as preemption:
             if self.step:
                 self.terminal.say(f"resumed from the checkpoint of step {self.step}")
+                if self._is_due(self.config.eval.every_steps) and self.held_out and not self._is_evaluated():
+                    self._evaluate()  # it left without that
             while self.step < self.num_steps:
                 batch, data_wait = self._next_batch()
                 if train_step is None:
@@ -122,12 +128,12 @@ class _Run:
                 self.step += 1
                 self._tell(self.meter.add(self.step, metrics, data_wait))
                 must_stop = preemption.is_due(self.step)
-                if self._is_due(self.config.eval.every_steps) and self.held_out:
-                    self._evaluate()
-                if self._is_due(self.config.checkpoint.every_steps) or must_stop:
-                    self._save()
                 if must_stop:
                     self._leave()
+                if self._is_due(self.config.eval.every_steps) and self.held_out:
+                    self._evaluate()
+                if self._is_due(self.config.checkpoint.every_steps):
+                    self._save()
 
     def finish(self, tokenizer: Tokenizer, started: float) -> dict[str, Any]:
         """Writes summary.json and report.html.
@@ -181,6 +187,8 @@ class _Run:
         step = make_train_step(self.graphdef, self.state, self.config, self.mesh).lower(self.state, batch).compile()
         self.compile_seconds = time.perf_counter() - began
         self.terminal.say(f"compiled the training step in {self.compile_seconds:.1f} s")
+        if not self.held_out:
+            self.terminal.say("nothing is evaluated: no source of data.mixture holds documents back; see eval.source")
         self.meter.restart()
         return step
 
@@ -195,9 +203,14 @@ class _Run:
             self.terminal.show(record)
             if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
                 raise InputError(
-                    f"the loss or its gradient is not a number at step {record['step']} and the run was stopped: lower "
-                    f"optimizer.learning_rate={self.config.optimizer.learning_rate}; earlier checkpoints are kept."
+                    f"the loss or its gradient is not a number at step {record['step']} and the run was stopped: begin "
+                    f"another run_dir with less than optimizer.learning_rate={self.config.optimizer.learning_rate}, "
+                    f"perhaps from the last checkpoint of this one (init.from_run={str(self.run_dir)!r})."
                 )
+
+    def _is_evaluated(self) -> bool:
+        records = read_records(self.run_dir / "metrics.jsonl")
+        return any(record["step"] == self.step and "eval_loss" in record for record in records)
 
     def _evaluate(self) -> None:
         self._tell(self.meter.drain())
@@ -216,6 +229,9 @@ class _Run:
         self.meter.restart()
 
     def _leave(self) -> None:
+        """Saves at once, for whoever sent the signal gives little time, and ends the process."""
+        self._tell(self.meter.flush())
+        self._save()
         self.checkpoints.close()
         self.terminal.say(f"SIGTERM: saved step {self.step}; the same command goes on from there")
         raise SystemExit(128 + signal.SIGTERM)
@@ -273,15 +289,6 @@ def _summary_of_finished(run_dir: Path, latest_step: int | None, num_steps: int)
         return None
     summary = json.loads(path.read_text("utf-8"))
     return summary if summary["steps"] == latest_step else None
-
-
-def _held_out(config: Any, model_config: Gemma4Config, tokenizer: Tokenizer) -> HeldOut:
-    """Held-out documents, with images if any source has them; nothing if no source keeps documents back."""
-    sources = held_out_sources(config)
-    if not sources:
-        return []
-    source = "digits" if "digits" in sources else sources[0]
-    return eval_batches(config, model_config, tokenizer, config.eval.batch_size, source=source)
 
 
 def _peak_rss_bytes() -> int:

@@ -43,7 +43,7 @@ class Meter:
         self._slots = slots
         # Any: the type of jax arrays does not declare is_ready.
         self._unfinished: collections.deque[tuple[int, Any, float]] = collections.deque()
-        self._finished: list[tuple[StepMetrics, float, float]] = []
+        self._finished: list[tuple[int, StepMetrics, float, float]] = []
         self._mark = time.perf_counter()
 
     def is_idle(self) -> bool:
@@ -67,6 +67,11 @@ class Meter:
         """Waits for every step; returns the records that are complete now. Time until `restart` is not counted."""
         return self._finish(until=0)
 
+    def flush(self) -> list[dict[str, Any]]:
+        """As `drain`, and with a record of the steps since the last one: nothing more will come."""
+        records = self.drain()
+        return [*records, self._record()] if self._finished else records
+
     def restart(self) -> None:
         """Counts time from now on, after something that was not training."""
         self._mark = time.perf_counter()
@@ -77,19 +82,18 @@ class Meter:
             step, metrics, data_wait = self._unfinished.popleft()
             metrics = jax.device_get(metrics)
             now = time.perf_counter()
-            self._finished.append((metrics, now - self._mark, data_wait))
+            self._finished.append((step, metrics, now - self._mark, data_wait))
             self._mark = now
             if step % self._every_steps == 0 or step == self._last_step or not metrics.is_finite:
-                records.append(self._record(step))
-                self._finished = []
+                records.append(self._record())
         return records
 
-    def _record(self, step: int) -> dict[str, Any]:
-        metrics = [metrics for metrics, _, _ in self._finished]
-        seconds = [seconds for _, seconds, _ in self._finished]
+    def _record(self) -> dict[str, Any]:
+        steps, metrics, seconds, waits = zip(*self._finished, strict=True)
+        self._finished = []
         tokens = sum(int(m.tokens) for m in metrics)
         images = sum(int(m.images) for m in metrics)
-        record: dict[str, Any] = {"step": step, "steps": len(metrics)}
+        record: dict[str, Any] = {"step": steps[-1], "steps": len(steps)}
         for name in ("loss", "load_balance_loss", "grad_norm", "param_norm"):
             record[name] = float(np.mean([getattr(m, name) for m in metrics]))
         record |= {
@@ -99,7 +103,7 @@ class Meter:
             "padding_share": 1 - tokens / (len(metrics) * self._slots),
             "seconds": sum(seconds),
             "step_seconds": statistics.median(seconds),
-            "data_wait_seconds": sum(wait for _, _, wait in self._finished),
+            "data_wait_seconds": sum(waits),
             "tokens_per_second": tokens / sum(seconds),
             "images_per_second": images / sum(seconds),
         }
@@ -126,7 +130,7 @@ class MetricsLog:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds one record, at once."""

@@ -2,7 +2,8 @@
 
 Conventions:
 - Groups: "vision" is the vision tower and the projection of its soft tokens; "embedding" is the table of tokens (tied
-  to the head) and the table of per-layer embeddings; "decoder" is everything else.
+  to the head) and the table of per-layer embeddings; "decoder" is everything else, but for the audio tower: no source
+  gives documents with sounds, so it could only decay, and is frozen.
 - A group whose learning-rate scale is 0 is frozen: it is no argument of the loss that is differentiated, counts in no
   norm and has no optimizer state.
 - Weight decay applies to matrices, embeddings among them, and never to norm scales and other vectors. What a
@@ -22,8 +23,10 @@ GROUPS = ("vision", "embedding", "decoder")
 _EMBEDDING_TABLES = (("embedder", "table"), ("per_layer_embedder", "table"))
 
 
-def group_of(path: tuple) -> str:
-    """The group, one of GROUPS, of the parameter at a path of the model."""
+def group_of(path: tuple) -> str | None:
+    """The group, one of GROUPS, of the parameter at a path of the model; None for one that is never trained."""
+    if path[0] in ("audio", "audio_projection"):
+        return None
     if path[0] in ("vision", "image_projection"):
         return "vision"
     return "embedding" if path in _EMBEDDING_TABLES else "decoder"
@@ -40,7 +43,8 @@ def split_trained(params: nnx.State, optimizer: Any) -> tuple[nnx.State, nnx.Sta
     """
 
     def is_trained(path: tuple, _: Any) -> bool:
-        return optimizer.learning_rate_scale[group_of(path)] > 0
+        group = group_of(path)
+        return group is not None and optimizer.learning_rate_scale[group] > 0
 
     trained, frozen = nnx.split_state(params, is_trained, ...)
     return trained, frozen

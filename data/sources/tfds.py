@@ -13,7 +13,7 @@ class TfdsSource:
     """The examples of one split; an example becomes its image, a fixed prompt, and one of its features as text.
 
     Args:
-      name: NAME/SPLIT, such as "mnist/train" or "mnist:3.0.1/train[:90%]".
+      name: NAME/SPLIT or NAME/CONFIG/SPLIT, such as "mnist/train" or "wikipedia/20230601.en/train[:90%]".
       text: the feature that becomes the text to learn: text, or a class label, written by its name.
       image: the feature that holds the image; empty for none.
       prompt: text between the image and the text, which carries no loss.
@@ -27,12 +27,14 @@ class TfdsSource:
     def __init__(self, name: str, *, text: str = "text", image: str = "", prompt: str = "", data_dir: str = "") -> None:
         import tensorflow_datasets as tfds  # heavy, and most runs do without
 
-        builder_name, _, split = name.partition("/")
+        builder_name, _, split = name.rpartition("/")
+        if not builder_name or not split:
+            raise InputError(f"The source 'tfds:{name}' is not complete: write it as tfds:NAME/SPLIT.")
         try:
             # Encoded images stay encoded: they are decoded where every other image is, and without TensorFlow.
             decoders = {image: tfds.decode.SkipDecoding()} if image else None
             builder = tfds.builder(builder_name, data_dir=data_dir or None)
-            self._examples = builder.as_data_source(split=split or "train", decoders=decoders)
+            self._examples = builder.as_data_source(split=split, decoders=decoders)
         except Exception as error:  # TFDS raises exceptions of every kind, with pages of text
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(

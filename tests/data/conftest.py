@@ -21,7 +21,7 @@ def model():
 def make_config():
     """A function from changes of `config.data` to a run config, as far as the data pipeline reads it."""
 
-    def make(num_images=20, **changes):
+    def make(num_documents=20, eval_source="", **changes):
         data = {
             "mixture": {"digits": 0.7, "python": 0.3},
             "sources": {},
@@ -34,7 +34,13 @@ def make_config():
             "num_workers": 0,
             "seed": 0,
         }
-        return ConfigDict({"tokenizer": "bundled", "data": data | changes, "eval": {"num_images": num_images}})
+        return ConfigDict(
+            {
+                "tokenizer": "bundled",
+                "data": data | changes,
+                "eval": {"source": eval_source, "num_documents": num_documents},
+            }
+        )
 
     return make
 

@@ -10,7 +10,7 @@ import pytest
 
 from gemma4_jax.data.mixture import ROUND, Turns, mix_sources
 from gemma4_jax.data.pack import MAX_WARNINGS
-from gemma4_jax.data.pipeline import eval_batches, held_out_sources, make_train_iterator, read_counters
+from gemma4_jax.data.pipeline import eval_batches, eval_source, make_train_iterator, read_counters
 from gemma4_jax.data.sources import open_source
 from gemma4_jax.data.sources.digits import DigitsSource
 from gemma4_jax.data.tokenize import DocumentTokenizer
@@ -224,7 +224,7 @@ def test_worker_processes_give_every_document_and_resume(make_iterator, make_con
 
 
 def test_evaluation_asks_for_every_held_out_image(make_config, model, tokenizer, rows_of):
-    batches = eval_batches(make_config(num_images=30), model, tokenizer, 3)
+    batches = eval_batches(make_config(num_documents=30), model, tokenizer, 3)
     items = [item for _, batch_items in batches for item in batch_items]
     assert len(items) == 30
     for batch, batch_items in batches:
@@ -245,14 +245,22 @@ def test_evaluation_asks_for_every_held_out_image(make_config, model, tokenizer,
 
 
 def test_evaluation_of_text_has_no_items(make_config, model, tokenizer):
-    batches = eval_batches(make_config(num_images=30), model, tokenizer, 4, source="python")
+    batches = eval_batches(make_config(num_documents=30, eval_source="python"), model, tokenizer, 4)
     assert batches
     assert all(items == [] for _, items in batches)
     assert sum(batch.segment_ids.max(axis=1).sum() for batch, _ in batches) >= 30
 
 
-def test_only_bundled_sources_hold_documents_back(make_config, model, tokenizer):
-    config = make_config(mixture={"digits": 1.0, "mine": 1.0}, sources={"mine": "jsonl:x.jsonl"})
-    assert held_out_sources(config) == ["digits"]
-    with pytest.raises(InputError, match="keeps no documents back"):
-        eval_batches(config, model, tokenizer, 4, source="mine")
+def test_what_is_evaluated_on(make_config):
+    both = {"mine": 1.0, "digits": 1.0, "python": 1.0}
+    assert eval_source(make_config(mixture=both, sources={"mine": "jsonl:x.jsonl"})) == "digits"
+    assert eval_source(make_config(mixture={"mine": 1.0}, sources={"mine": "jsonl:x.jsonl"})) is None
+    assert eval_source(make_config(mixture=both, eval_source="python")) == "python"
+
+
+def test_evaluation_reads_documents_of_your_own(make_config, model, tokenizer, tmp_path):
+    (tmp_path / "held_out.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    sources = {"held_out": f"jsonl:{tmp_path}/held_out.jsonl"}
+    ((batch, items),) = eval_batches(make_config(sources=sources, eval_source="held_out"), model, tokenizer, 1)
+    assert (batch.segment_ids.max(), items) == (2, [])
+    assert eval_batches(make_config(mixture={"held_out": 1.0}, sources=sources), model, tokenizer, 1) == []

@@ -192,6 +192,8 @@ def test_a_tfds_source_that_is_not_there_is_refused_in_one_sentence(data_dir):
     for spec, message in [
         (f"tfds:paintings/train?data_dir={data_dir}", "tfds build paintings"),
         (f"tfds:pictures/test?data_dir={data_dir}", "cannot be opened"),
+        (f"tfds:pictures?data_dir={data_dir}", "write it as tfds:NAME/SPLIT"),
+        (f"tfds:paintings/oil/train?data_dir={data_dir}", "tfds build paintings/oil "),
         (f"tfds:pictures/train?text=colour&data_dir={data_dir}", "no feature 'colour': its features are"),
     ]:
         with pytest.raises(InputError, match=message) as error:

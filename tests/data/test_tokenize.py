@@ -27,9 +27,9 @@ def test_an_image_may_bring_its_own_budget(tokenize):
     assert example.images[0].num_soft_tokens <= 70
 
 
-@pytest.mark.parametrize("budget", [71, 280, -70])
+@pytest.mark.parametrize("budget", [71, 280, -70, 70.0, "70", True])
 def test_a_budget_above_the_runs_own_is_refused(tokenize, budget):
-    with pytest.raises(InputError, match=f"one: max_soft_tokens={budget} .* 70, 140"):
+    with pytest.raises(InputError, match=f"one: max_soft_tokens={budget!r} .* 70, 140"):
         tokenize(Document((Image(PIXELS, budget),), "one"))
 
 

@@ -73,7 +73,7 @@ def test_a_run_moves_from_one_mesh_to_another(config):
     config.model.text.num_layers, config.model.text.num_kv_shared_layers = 2, 0
     expected = loss_curve(config, MESHES["one"])
     model_config, run_dir = run_config.model_config(config), Path(config.run_dir)
-    config.checkpoint.every_steps, config.eval.num_images = 2, 2
+    config.checkpoint.every_steps, config.eval.num_documents = 2, 2
     config.mesh.update(data=1, **MESHES["fsdp_tensor"])
     train(config, model_config)
     # As if it had been stopped before its last checkpoint.

@@ -37,7 +37,8 @@ MISTAKES = [
     ("--config.model.audio=1", "model.audio=1", "only a config file can set it"),
     # impossible values
     ("--config.train.num_steps=0", "train.num_steps=0", "at least 1"),
-    ("--config.seed=-1", "seed=-1", "at least 0"),
+    ("--config.seed=-1", "seed=-1", "between 0 and 2**32 - 1"),
+    ("--config.seed=4294967296", "seed=4294967296", "between 0 and 2**32 - 1"),
     ("--config.name=", "name=''", "not empty"),
     ("--config.optimizer.learning_rate=-0.1", "optimizer.learning_rate=-0.1", "greater than 0"),
     ("--config.optimizer.b2=1", "optimizer.b2=1.0", "less than 1"),
@@ -67,6 +68,7 @@ MISTAKES = [
     ("--config.mesh.data=0", "mesh.data=0", "at least 1, or -1"),
     ("--config.data.batch_size=12", "data.batch_size=12", "a multiple of 8"),
     ("--config.train.grad_accum_steps=2", "data.batch_size=8", "a multiple of 16"),
+    ("--config.data.images_per_row=0", "optimizer.learning_rate_scale.vision=1.0", "0 where data.images_per_row=0"),
 ]
 
 
@@ -182,6 +184,29 @@ def of_lines(path: Path, *records: dict) -> list[str]:
     """Overrides that train on these records, written to a file of JSON lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return [f"--config.data.sources={{'mine': 'jsonl:{path}'}}", "--config.data.mixture={'mine': 1.0}"]
+
+
+def test_a_row_that_does_not_spread_evenly(capsys, tmp_path):
+    mesh = "--config.mesh={'data':1,'fsdp':1,'expert':1,'context':8,'tensor':1}"
+    status = train(tmp_path / "run", mesh, "--config.data.seq_len=180", "--config.train.loss_chunk=180")
+    assert_one_sentence(capsys.readouterr(), status, "data.seq_len=180", "a multiple of mesh.context=8")
+
+
+def test_a_run_that_cannot_begin_claims_no_run_directory(capsys, tmp_path):
+    """So that the next command, with the mistake mended, is not that of a different config."""
+    mistakes = [
+        "--config.data.sources={'mine': 'jsonl:nowhere.jsonl'}",
+        "--config.tokenizer=nowhere.json",
+        "--config.eval.source=nowhere",
+        "--config.mesh={'data':1,'fsdp':1,'expert':1,'context':1,'tensor':8}",
+    ]
+    for mistake, part in zip(mistakes, ("nowhere.jsonl", "nowhere.json", "'nowhere'", "mesh.tensor=8"), strict=True):
+        mixture = (
+            "--config.data.mixture={'mine': 1.0}" if "mine" in mistake else "--config.data.mixture={'digits': 1.0}"
+        )
+        status = train(tmp_path / "run", mistake, mixture)
+        assert_one_sentence(capsys.readouterr(), status, part)
+        assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_data_set(capsys, tmp_path):

@@ -20,7 +20,7 @@ SHORT = {
     "model.text.num_kv_shared_layers": 0,
     "train.num_steps": 2,
     "optimizer.warmup_steps": 1,
-    "eval.num_images": 2,
+    "eval.num_documents": 2,
 }
 
 
@@ -72,7 +72,7 @@ def test_a_run_is_exported_once_and_again_when_there_is_more_of_it(tmp_path, cap
     assert figures["summary"] == json.loads((run_dir / "summary.json").read_text())
 
     # Killed before the last file is written, or before all of them are put in their place: there is no export.
-    for moment in ("_write_file", "_publish"):
+    for moment in ("write_file", "_publish"):
         out_dir = tmp_path / moment
         command = [sys.executable, "-c", KILLED_EXPORT, moment, str(run_dir), str(out_dir)]
         assert subprocess.run(command, check=False).returncode == -signal.SIGKILL

@@ -46,5 +46,5 @@ def test_shipped_configs_work_from_the_wheel(unpacked_wheel, tmp_path):
         text=True,
         check=False,
     )
-    assert finished.stderr == "gemma4: seed=-1 is not possible: it must be at least 0.\n"
+    assert finished.stderr == "gemma4: seed=-1 is not possible: it must be between 0 and 2**32 - 1.\n"
     assert finished.returncode == 2

@@ -116,6 +116,17 @@ def test_a_checkpoint_of_another_model_is_refused(run_dir: Path):
     checkpoints.close()
 
 
+def test_what_the_data_says_is_not_said_of_the_checkpoint(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_, **__):
+        raise InputError("The data is not what it was.")
+
+    checkpoints = Checkpoints(run_dir, keep=2)
+    monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+    with pytest.raises(InputError, match=r"^The data is not what it was\.$"):
+        checkpoints.restore(6, abstract_of(make_state()), make_iterator())
+    checkpoints.close()
+
+
 def test_a_damaged_checkpoint_is_refused(run_dir: Path):
     for file in (run_dir / "checkpoints" / "6" / "data").iterdir():
         file.unlink()

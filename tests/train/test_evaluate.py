@@ -20,7 +20,7 @@ def mesh():
 
 @pytest.fixture
 def held_out(shallow_config):
-    shallow_config.eval.num_images, shallow_config.eval.batch_size = 12, 4
+    shallow_config.eval.num_documents, shallow_config.eval.batch_size = 12, 4
     return eval_batches(shallow_config, model_config(shallow_config), Tokenizer.load("bundled"), 4)
 
 

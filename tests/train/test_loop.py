@@ -19,7 +19,7 @@ def short_config(shallow_config):
     shallow_config.mesh.data, shallow_config.mesh.fsdp = -1, 1
     shallow_config.train.num_steps, shallow_config.log.every_steps = 5, 2
     shallow_config.checkpoint.every_steps, shallow_config.checkpoint.keep = 2, 2
-    shallow_config.eval.every_steps, shallow_config.eval.num_images = 3, 8
+    shallow_config.eval.every_steps, shallow_config.eval.num_documents = 3, 8
     return shallow_config
 
 
@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_and_a_finished_one_is_left_alone(short_config, 
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(short_config):
     short_config.optimizer.learning_rate, short_config.optimizer.warmup_steps = 1e18, 0
     short_config.checkpoint.every_steps = 1
-    with pytest.raises(InputError, match=r"not a number at step \d+.*lower optimizer.learning_rate=1e\+18"):
+    with pytest.raises(InputError, match=r"not a number at step \d+.*less than optimizer.learning_rate=1e\+18"):
         train(short_config, model_config(short_config))
     run_dir = Path(short_config.run_dir)
     stopped_at = records_of(run_dir)[-1]["step"]
@@ -71,7 +71,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(short_conf
 @pytest.mark.slow
 def test_text_alone(short_config):
     short_config.data.mixture = {"python": 1.0}
-    short_config.data.images_per_row = 0
+    short_config.data.images_per_row, short_config.optimizer.learning_rate_scale.vision = 0, 0.0
     summary = train(short_config, model_config(short_config))
     assert summary["eval_exact_match"] is None
     assert summary["eval_loss"] > 0

@@ -35,6 +35,14 @@ def test_meter_gathers_steps_into_records():
     np.testing.assert_allclose(first["tokens_per_second"], 120 / first["seconds"])
 
 
+def test_what_is_flushed_is_a_record_of_fewer_steps():
+    meter = Meter(every_steps=4, last_step=100, slots=80)
+    for step in range(1, 8):
+        meter.add(step, step_metrics(float(step)), data_wait=0.0)
+    assert [(r["step"], r["steps"], r["loss"]) for r in meter.flush()] == [(7, 3, 6.0)]
+    assert meter.flush() == []
+
+
 def test_a_step_that_is_not_a_number_is_told_at_once():
     meter = Meter(every_steps=100, last_step=1000, slots=80)
     meter.add(1, step_metrics(1.0), data_wait=0.0)

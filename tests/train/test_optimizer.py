@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gemma4_jax.configs import base
 from gemma4_jax.launch.run_config import model_config
 from gemma4_jax.model import Gemma4
+from gemma4_jax.sizes import SIZES
 from gemma4_jax.train.optimizer import decay_mask, group_of, make_optimizer, make_schedule, split_trained
 
 
@@ -64,6 +66,13 @@ def test_frozen_groups_are_split_off_and_have_no_optimizer_state(params, tiny_co
     opt_state = make_optimizer(tiny_config.optimizer, 10).init(trained)
     moments = sum(leaf.size for leaf in jax.tree.leaves(opt_state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(trained))
+
+
+def test_the_audio_tower_is_never_trained():
+    assert group_of(("audio", "layers", "norm", "scale")) is group_of(("audio_projection", "kernel")) is None
+    params = nnx.state(nnx.eval_shape(lambda: Gemma4(SIZES["e2b"](), nnx.Rngs(0))), nnx.Param)
+    _, frozen = split_trained(params, base.get_config().optimizer)
+    assert {path[0] for path, _ in nnx.to_flat_state(frozen)} == {"audio", "audio_projection"}
 
 
 def test_update_is_adamw_by_hand(params, tiny_config):

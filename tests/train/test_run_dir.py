@@ -37,7 +37,7 @@ def test_fields_that_may_change(tiny_config):
     tiny_config.train.num_steps += 5
     tiny_config.log.every_steps = 3
     tiny_config.mesh.fsdp = 2
-    tiny_config.eval.num_images = 4
+    tiny_config.eval.num_documents = 4
     open_run_dir(tiny_config)
     assert json.loads((run_dir / "config.json").read_text())["log"]["every_steps"] == 3
 

@@ -18,6 +18,6 @@ def get_config() -> ConfigDict:
     config.train.num_steps, config.train.loss_chunk = 20, 64
     config.optimizer.warmup_steps = 2
     config.checkpoint.every_steps, config.eval.every_steps, config.log.every_steps = 7, 10, 1
-    config.eval.num_images = 12
+    config.eval.num_documents = 12
     config.log.tensorboard = False
     return config
