@@ -59,7 +59,7 @@ BUNDLED_TOKENS = SpecialTokens(begin_image=7, image=8, end_image=9, begin_audio=
 
 
 def quickstart() -> Gemma4Config:
-    """A Gemma 4 of about a million parameters with every architectural part switched on, for a CPU."""
+    """A Gemma 4 of 701,552 parameters with every architectural part switched on, for a CPU."""
     text = TextConfig(
         vocab_size=1024, embed_dim=64, mlp_dim=128, num_layers=4, attention_period=2,
         num_heads=4, num_kv_heads=2, num_global_kv_heads=1, head_dim=16, global_head_dim=32, sliding_window=80,
@@ -74,5 +74,48 @@ def quickstart() -> Gemma4Config:
     return Gemma4Config(text, vision, tokens=BUNDLED_TOKENS)
 
 
-SIZES = {"e2b": e2b, "e4b": e4b, "26b_a4b": a4b_26b, "31b": dense_31b, "quickstart": quickstart}
+def tiny() -> Gemma4Config:
+    """The quickstart's model as narrow as it goes: for tests, whose time goes into compiling."""
+    text = TextConfig(
+        vocab_size=1024, embed_dim=32, mlp_dim=32, num_layers=4, attention_period=2,
+        num_heads=4, num_kv_heads=2, num_global_kv_heads=1, head_dim=8, global_head_dim=16, sliding_window=80,
+        uses_k_eq_v=True, num_kv_shared_layers=2, uses_double_wide_mlp=True, per_layer_embed_dim=8,
+        num_experts=4, num_experts_per_token=2, expert_dim=16,
+        image_blocks_bidirectional=True, max_positions=2048,
+    )  # fmt: skip
+    vision = VisionConfig(
+        embed_dim=32, mlp_dim=128, num_layers=1, num_heads=2, head_dim=16, patch_size=4, pooling_size=2,
+        num_positions=140, uses_clipped_linears=True, standardizes=True,
+    )  # fmt: skip
+    return Gemma4Config(text, vision, tokens=BUNDLED_TOKENS)
+
+
+def small() -> Gemma4Config:
+    """A Gemma 4 of 446,236,448 parameters, 291,594,272 active, every part switched on, for one accelerator.
+
+    It has the released models' vocabulary, window and images, and so reads what they read.
+    """
+    text = TextConfig(
+        vocab_size=262144, embed_dim=512, mlp_dim=1024, num_layers=12, attention_period=6,
+        num_heads=8, num_kv_heads=4, num_global_kv_heads=2, head_dim=64, global_head_dim=128, sliding_window=512,
+        uses_k_eq_v=True, num_kv_shared_layers=6, uses_double_wide_mlp=True, per_layer_embed_dim=32,
+        num_experts=16, num_experts_per_token=2, expert_dim=512,
+        image_blocks_bidirectional=True,
+    )  # fmt: skip
+    vision = VisionConfig(
+        embed_dim=384, mlp_dim=1536, num_layers=6, num_heads=6, head_dim=64, uses_clipped_linears=True,
+        standardizes=True,
+    )  # fmt: skip
+    return Gemma4Config(text, vision)
+
+
+SIZES = {
+    "e2b": e2b,
+    "e4b": e4b,
+    "26b_a4b": a4b_26b,
+    "31b": dense_31b,
+    "small": small,
+    "quickstart": quickstart,
+    "tiny": tiny,
+}
 """Every preset by the name that run configs use."""

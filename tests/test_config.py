@@ -87,8 +87,9 @@ def test_official_sizes_are_those_of_the_table():
         assert tuple(getattr(size, field) for size in sizes) == values, field
 
 
-def test_quickstart_has_every_part_switched_on():
-    config = SIZES["quickstart"]()
+@pytest.mark.parametrize("name", ["small", "quickstart", "tiny"])
+def test_small_presets_have_every_part_switched_on(name):
+    config = SIZES[name]()
     text, vision = config.text, config.vision
     assert text.uses_k_eq_v
     assert text.num_kv_shared_layers
