@@ -27,6 +27,9 @@ from gemma4_jax.tokenizer import NAMES, Tokenizer
 MAX_CHARACTERS = 1 << 24
 """A template, or a conversation, that is longer is refused."""
 
+_MAX_BITS = 1 << 16
+"""Of a number that a template computes."""
+
 # Characters that Unicode keeps out of texts mark what is to be found again in a rendered one.
 _PLAIN, _PLAIN_END, _SPAN, _SPAN_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _PLAIN_NAME = re.compile(f"{_PLAIN}([^{_PLAIN}{_PLAIN_END}]*){_PLAIN_END}|[{_PLAIN}{_PLAIN_END}]")
@@ -52,8 +55,15 @@ class ChatTemplate:
         if len(source) > MAX_CHARACTERS:
             raise InputError(f"the chat template has {len(source)} characters: at most {MAX_CHARACTERS} are read.")
         self._tokenizer = tokenizer
-        names = sorted(map(re.escape, tokenizer.special_tokens), key=len, reverse=True)
-        self._special_token = re.compile("|".join(names))
+        # A tokenizer reads a token that is not flagged as special in every text, so its name is cut in two instead.
+        cut = {name for name in tokenizer.other_tokens if len(name) > 1 and name.strip() and name in source}
+        names = sorted((*tokenizer.special_tokens, *cut), key=len, reverse=True)
+        patterns = [
+            re.escape(name[0]) + f"(?={re.escape(name[1:])})" if name in cut else re.escape(name) for name in names
+        ]
+        self._special_token = re.compile("|".join(patterns))
+        self._beginnings = {name[:stop] for name in names for stop in range(1, len(name))}
+        self._longest = max(map(len, names))
         self._named_tokens = {name: token for name, token in NAMES.items() if token in tokenizer.special_tokens}
         environment = _environment()
         try:
@@ -88,20 +98,24 @@ class ChatTemplate:
         Returns:
           (token ids, for each whether it is the model's part).
         Raises:
-          InputError: the messages are no conversation, the template fails on them, or marks no part of the model.
+          InputError: the messages are no conversation or no text, the template fails on them, or marks no part of the
+            model.
         """
         if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
             raise InputError("tools must be a list of JSON schemas of functions, each a dictionary.")
-        chat = [self._prepare(message, i) for i, message in enumerate(messages)]
+        try:
+            chat = [self._prepare(message, i) for i, message in enumerate(messages)]
+            given = {
+                **({"documents": None} | self._named_tokens | self._mark(_plain(variables))),
+                "messages": chat,
+                "tools": None if tools is None else self._mark(_plain(list(tools))),
+                "add_generation_prompt": add_generation_prompt,
+            }
+        except RecursionError as error:
+            raise InputError("a conversation is nested too deeply to be read.") from error
         if not chat:
             raise InputError("a conversation has no messages: give at least one.")
-        text = self._render(
-            messages=chat,
-            tools=None if tools is None else self._mark(_plain(list(tools))),
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self._named_tokens | self._mark(_plain(variables)),
-        )
+        text = self._render(given)
         if self._marks_spans:
             text, spans = _take_spans(text)
         else:
@@ -120,22 +134,40 @@ class ChatTemplate:
         plain = {name: value for name, value in _plain(message).items() if value is not None}
         # In what the assistant says a template may look for a thought channel, so its special tokens are left.
         said = ("content", *_REASONING) if plain["role"] == "assistant" else ()
-        plain = {name: value if name in said else self._mark(value) for name, value in plain.items()}
+        plain = {self._mark(name): value if name in said else self._mark(value) for name, value in plain.items()}
         reasoning = next((plain[name] for name in _REASONING if name in plain), None)
         return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
-    def _mark(self, value: Any) -> Any:
-        """Plain data, with every name of a special token between marks."""
-        if isinstance(value, str):
-            return self._special_token.sub(f"{_PLAIN}\\g<0>{_PLAIN_END}", value)
-        if isinstance(value, dict):
-            return {name: self._mark(item) for name, item in value.items()}
-        return [self._mark(item) for item in value] if isinstance(value, list) else value
+    def _mark(self, value: Any, *, is_followed: bool = False) -> Any:
+        """Plain data, with every name of a special token between marks.
 
-    def _render(self, **variables: Any) -> str:
+        Args:
+          value: from `_plain`.
+          is_followed: whether a template may join more of such data to it, so that what begins a name at its end is
+            marked too.
+        """
+        if isinstance(value, str):
+            marked = self._special_token.sub(f"{_PLAIN}\\g<0>{_PLAIN_END}", value)
+            return self._mark_end(marked) if is_followed else marked
+        if isinstance(value, dict):
+            return {self._mark(name): self._mark(item, is_followed=is_followed) for name, item in value.items()}
+        if isinstance(value, list):
+            last = len(value) - 1
+            return [self._mark(item, is_followed=is_followed or i < last) for i, item in enumerate(value)]
+        return value
+
+    def _mark_end(self, text: str) -> str:
+        """The text with marks around the beginning of a name that it ends in, when a template has trimmed it."""
+        trimmed = text.rstrip()
+        for start in range(max(0, len(trimmed) - self._longest), len(trimmed)):
+            if trimmed[start:] in self._beginnings:
+                return f"{trimmed[:start]}{_PLAIN}{trimmed[start:]}{_PLAIN_END}{text[len(trimmed) :]}"
+        return text
+
+    def _render(self, variables: dict[str, Any]) -> str:
         blocks, length = [], 0
         try:
-            for block in self._template.generate(**variables):
+            for block in self._template.generate(variables):
                 blocks.append(block)
                 length += len(block)
                 if length > MAX_CHARACTERS:
@@ -179,6 +211,8 @@ def _take_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
         if part == _SPAN:
             starts.append(length)
         elif part == _SPAN_END:
+            if not starts:
+                raise InputError("the chat template writes U+FDD3, which stands for the end of a generation block.")
             spans.append((starts.pop(), length))
         else:
             length += len(part)
@@ -257,8 +291,25 @@ def _check_name(name: Any) -> None:
         raise jinja2.sandbox.SecurityError(f"{name!r} is no name for an attribute of a namespace")
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, without products that fill the memory."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        is_large = False
+        if isinstance(left, int) and isinstance(right, int):
+            is_large = left.bit_length() * (right if operator == "**" else 1) + right.bit_length() > _MAX_BITS
+        elif isinstance(left, int) or isinstance(right, int):
+            count, items = (left, right) if isinstance(left, int) else (right, left)
+            is_large = isinstance(items, str | list | tuple) and len(items) * count > MAX_CHARACTERS
+        if is_large:
+            raise jinja2.sandbox.SecurityError(f"the result of {operator} is too large for a template")
+        return super().call_binop(context, operator, left, right)
+
+
+def _environment() -> _Sandbox:
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
     )
 

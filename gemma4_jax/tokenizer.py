@@ -62,7 +62,9 @@ class Tokenizer:
       path: the file it was read from.
       vocab_size: one more than the largest token id.
       tokens: ids of the special tokens by role.
-      special_tokens: every special token of the vocabulary, as it is written -> its id.
+      special_tokens: every special token of the vocabulary, as it is written -> its id. Those of `ROLES` and `NAMES`
+        are special whatever the file says of them.
+      other_tokens: how the other tokens that were added to the vocabulary are written, such as line breaks and tags.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -81,8 +83,10 @@ class Tokenizer:
             raise InputError(f"tokenizer={str(path)!r} lacks the special tokens {', '.join(missing)} of Gemma 4.")
         self.vocab_size = max(vocab.values()) + 1
         self.tokens = SpecialTokens(**{role: vocab[token] for role, token in ROLES.items()})
+        self._tokenizer.add_special_tokens(sorted(vocab.keys() & {*ROLES.values(), *NAMES.values()}))
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
+        self.other_tokens = [token.content for token in added.values() if not token.special]
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,8 +106,12 @@ class Tokenizer:
         return cls(path / "tokenizer.json" if path.is_dir() else path)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text; nothing is added, and names of special tokens are plain characters."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of plain text; nothing is added, and names of special tokens are plain characters.
+
+        Raises:
+          InputError: the text holds a lone surrogate, half of a character.
+        """
+        return _encode(self._tokenizer, text).ids
 
     def encode_with_offsets(self, text: str, *, reads_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a text that stands for itself, such as a rendered chat, and the characters each was made of.
@@ -113,9 +121,10 @@ class Tokenizer:
           reads_special_tokens: whether the name of a special token is that token, or plain characters.
         Returns:
           (ids, for each its [start, stop) in the text).
+        Raises:
+          InputError: as in `encode`.
         """
-        tokenizer = self._with_special_tokens if reads_special_tokens else self._tokenizer
-        encoding = tokenizer.encode(text, add_special_tokens=False)
+        encoding = _encode(self._with_special_tokens if reads_special_tokens else self._tokenizer, text)
         return encoding.ids, encoding.offsets
 
     @functools.cached_property
@@ -130,3 +139,10 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """How the vocabulary writes one token; empty for an id outside it."""
         return self._tokenizer.id_to_token(token_id) or ""
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except TypeError as error:  # the library's for what has no UTF-8 form
+        raise InputError(f"a text must be a string without lone surrogates, and one is {text!r:.100}.") from error

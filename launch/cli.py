@@ -3,9 +3,12 @@
 Each command is a module of this folder with `main(arguments)` and `help_text()`, imported when it is asked for.
 """
 
+import contextlib
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 from gemma4_jax.errors import InputError
@@ -38,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       Exit status: 0; 2 where the input is not acceptable, with one sentence on stderr that says why; 130 where the
       user interrupted it.
+    Raises:
+      SystemExit: 143, on SIGTERM.
     """
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if command in ("--help", "-h", "help"):
@@ -53,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(argument in ("--help", "-h") for argument in rest):
             print(module.help_text())
         else:
-            module.main(rest)
+            with _exit_on_sigterm():
+                module.main(rest)
     except InputError as error:
         print(f"gemma4: {error}", file=sys.stderr)
         return 2
@@ -61,3 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gemma4: interrupted.", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM an exception, so that what a command has begun to write is removed; train sets its own handler."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    jax = sys.modules.get("jax")
+    belongs_to_jax = jax is not None and jax.distributed.is_initialized()
+    if belongs_to_jax or threading.current_thread() is not threading.main_thread():  # no other one may set a handler
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -54,6 +54,12 @@ def test_names_of_special_tokens_in_text_are_only_text(tokenizer):
     assert special.isdisjoint(tokenizer.encode("".join(ROLES.values())))
 
 
+def test_half_a_character_is_no_text(tokenizer):
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_with_offsets(text, reads_special_tokens=True)):
+        with pytest.raises(InputError, match="without lone surrogates"):
+            encode("a\ud800")
+
+
 def test_it_survives_the_way_to_a_worker_process(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     for text in TEXTS:

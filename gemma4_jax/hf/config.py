@@ -179,7 +179,10 @@ class _Section:
         kinds = (int, float) if type(default) is float else (type(default),)
         if type(value) not in kinds:
             raise self.refuse(name, f"a value of type {type(default).__name__}")
-        return type(default)(value)
+        try:
+            return type(default)(value)
+        except OverflowError:
+            raise self.refuse(name, "a number that a float can hold") from None
 
     def optional(self, name: str, default: Any) -> Any:
         """As `read`, but a field that is null or missing is None."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import os
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import jax
 from flax import nnx
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.hf.leftovers import beside, remove_leftovers
 from gemma4_jax.hf.load import Checkpoint, ParameterReader, write_carried
+from gemma4_jax.hf.names import flatten_paths
 from gemma4_jax.hf.pretrained import load_processor
 from gemma4_jax.hf.processor import CARRIED_FILES
 from gemma4_jax.hf.save import CARRIED, check_space, sync_folder, write_file
@@ -32,20 +34,22 @@ def convert(hf_dir: str | Path, out_dir: str | Path) -> None:
       InputError: the checkpoint is not acceptable, or the folder cannot be made.
     """
     out_dir = Path(out_dir).absolute()
+    remove_leftovers(out_dir)
     if out_dir.exists():
         raise InputError(f"{out_dir} is there already: give a folder that is not.")
     checkpoint = Checkpoint(hf_dir)
     processor = load_processor(checkpoint.folder, checkpoint.config)
-    temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
+    temporary = beside(out_dir, "tmp")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        check_space(out_dir.parent, checkpoint.num_bytes)
+        state = nnx.state(nnx.eval_shape(lambda: Gemma4(checkpoint.config, nnx.Rngs(0))))
+        unused = checkpoint.unused(state)
+        check_space(out_dir.parent, _num_bytes(checkpoint, state, unused))
         (temporary / "tokenizer").mkdir(parents=True)
         for name in ("tokenizer.json", *CARRIED_FILES):
             if (checkpoint.folder / name).is_file():
                 write_file(temporary / "tokenizer" / name, (checkpoint.folder / name).read_bytes())
-        state = nnx.state(nnx.eval_shape(lambda: Gemma4(checkpoint.config, nnx.Rngs(0))))
-        if unused := checkpoint.unused(state):
+        if unused:
             write_carried(checkpoint, unused, temporary / CARRIED)
         _write_parameters(checkpoint, state, temporary / "checkpoints" / "0" / "model")
         content = {
@@ -62,6 +66,14 @@ def convert(hf_dir: str | Path, out_dir: str | Path) -> None:
         raise InputError(f"{out_dir} cannot be written and nothing was left there: {reason}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _num_bytes(checkpoint: Checkpoint, state: nnx.State, unused: list[str]) -> int:
+    """What the values of a conversion need on the disk: an abstract state, and the tensors that it does not use."""
+    reader = ParameterReader(checkpoint)
+    paths = flatten_paths(nnx.to_pure_dict(state))
+    used_bytes = sum(math.prod(leaf.shape) * reader.stored_dtype(path).itemsize for path, leaf in paths.items())
+    return used_bytes + checkpoint.num_bytes(unused)
 
 
 def _write_parameters(checkpoint: Checkpoint, state: nnx.State, folder: Path) -> None:

@@ -7,10 +7,10 @@ shards and one tensor.
 
 import json
 import math
-import os
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flax import nnx
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.errors import InputError
 from gemma4_jax.hf.config import from_hf
+from gemma4_jax.hf.leftovers import beside
 from gemma4_jax.hf.names import Tensor, abbreviate, flatten_paths, tensors
 from gemma4_jax.hf.safetensors import DTYPES, OutgoingTensor, TensorFile, copy_transposed, has_nan, write_tensor_file
 from gemma4_jax.tokenizer import Tokenizer
@@ -55,10 +56,10 @@ class Checkpoint:
         _check_tensors(self.folder, self.files, tensors(self.config))
         _check_tokenizer(self.folder, self.config)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all its tensors."""
-        return sum(file.num_bytes for file in set(self.files.values()))
+    def num_bytes(self, names: Iterable[str]) -> int:
+        """Of some of its tensors."""
+        stored = [self.files[name].tensors[name] for name in names]
+        return sum(tensor.stop - tensor.start for tensor in stored)
 
     def unused(self, state: nnx.State) -> list[str]:
         """Names of tensors that a model with this (abstract) state has no use for: K and V of KV-shared layers, and
@@ -110,9 +111,7 @@ class ParameterReader:
 
     def warn_of_nan(self) -> None:
         """Warns of the tensors in which NaN was read, if there were any."""
-        if self._with_nan:
-            names = ", ".join(abbreviate(sorted(self._with_nan)))
-            warnings.warn(f"{self._checkpoint.folder}: NaN in {names}.", stacklevel=3)
+        _warn_of_nan(self._checkpoint.folder, self._with_nan)
 
     def _read_tensor(self, tensor: Tensor, index: tuple[slice, ...], target: np.ndarray) -> None:
         file = self._checkpoint.files[tensor.name]
@@ -124,6 +123,11 @@ class ParameterReader:
             if has_nan(piece):
                 self._with_nan.add(tensor.name)
             file.release(tensor.name)
+
+
+def _warn_of_nan(folder: Path, names: Collection[str]) -> None:
+    if names:
+        warnings.warn(f"{folder}: NaN in {', '.join(abbreviate(sorted(names)))}.", stacklevel=4)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -171,19 +175,31 @@ def load_state(checkpoint: Checkpoint, state: nnx.State, model_config: Gemma4Con
 def write_carried(checkpoint: Checkpoint, names: Collection[str], path: Path) -> None:
     """Copies tensors that a model does not use, bit for bit, to a file from which an export writes them again.
 
+    Tensors that hold NaN are named in a warning.
+
     Args:
       checkpoint: where they are.
       names: from `Checkpoint.unused`.
       path: of the new file; it is there when all of it is.
     """
     outgoing = [OutgoingTensor.copy_of(checkpoint.files[name], name) for name in checkpoint.files if name in names]
+    with_nan: set[str] = set()
+
+    def watched(tensor: OutgoingTensor) -> Iterator[np.ndarray]:
+        for block in tensor.blocks():
+            if has_nan(block):
+                with_nan.add(tensor.name)
+            yield block
+
+    outgoing = [tensor._replace(blocks=partial(watched, tensor)) for tensor in outgoing]
     towers = {
         f"{tower}_config": json.dumps(checkpoint.hf_config.get(f"{tower}_config")) for tower in ("vision", "audio")
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path, "tmp")
     try:
         write_tensor_file(temporary, outgoing, towers)
         temporary.replace(path)
+        _warn_of_nan(checkpoint.folder, with_nan)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -195,12 +211,14 @@ def read_json(path: Path) -> Any:
       InputError: it cannot be read, is too large, or is not JSON.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise InputError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: it is not of a checkpoint.")
-        return json.loads(path.read_bytes())
+        content = path.read_bytes() if path.stat().st_size <= _MAX_JSON_BYTES else None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    if content is None:
+        raise InputError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: it is not of a checkpoint.")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # also of numbers with more digits than Python reads
         raise InputError(f"{path} is not JSON ({error}).") from error
 
 

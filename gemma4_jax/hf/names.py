@@ -219,7 +219,7 @@ def abbreviate(names: Iterable[str]) -> list[str]:
     """Names that differ in one layer number only, written as one: "layers.{0-3,7}.layer_scalar"."""
     groups: dict[str, list[int]] = {}
     for name in names:
-        layer = re.search(r"(?<=\.layers\.)\d+(?=\.)", name)
+        layer = re.search(r"(?<=\.layers\.)\d{1,9}(?=\.)", name)
         if layer is None:
             groups[name] = []
         else:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.hf.agreement import go_on
 from gemma4_jax.hf.names import flatten_paths
 
 _SLAB_BYTES = 1 << 27
@@ -35,7 +37,8 @@ class Parameters(Protocol):
 
 
 class StateParameters:
-    """The values of an nnx.State. Where it is spread over processes, every process must ask for the same slabs.
+    """The values of an nnx.State, of which one slab is on the host at a time. Where it is spread over processes, every
+    process must ask for the same slabs in the same order.
 
     Args of the constructor:
       state: parameters and buffers of a model.
@@ -45,11 +48,34 @@ class StateParameters:
         self._leaves: dict[str, jax.Array] = flatten_paths(nnx.to_pure_dict(state))
         self.shapes: Mapping[str, tuple[int, ...]] = {path: leaf.shape for path, leaf in self._leaves.items()}
         self.dtypes: Mapping[str, np.dtype] = {path: np.dtype(leaf.dtype) for path, leaf in self._leaves.items()}
+        self._held: tuple[str, int, np.ndarray] | None = None
 
     def slab(self, path: str, row: int) -> tuple[int, np.ndarray]:
-        """The whole array."""
+        """As many rows as fit in _SLAB_BYTES; all, where rows are spread over devices, for it takes all to read one."""
         leaf = self._leaves[path]
-        return 0, np.asarray(leaf) if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+        rows = total = (leaf.shape or (1,))[0]
+        if leaf.sharding.shard_shape(leaf.shape)[:1] == leaf.shape[:1]:
+            rows = min(total, max(1, _SLAB_BYTES * total // max(1, leaf.nbytes)))
+        start = row // rows * rows
+        if self._held is None or self._held[:2] != (path, start):
+            self._held = None  # before the next one is there
+            part = leaf if rows == total else _take_rows(leaf, start, min(rows, total - start))
+            self._held = path, start, _to_host(part)
+        return start, self._held[2]
+
+
+@partial(jax.jit, static_argnames="rows")
+def _take_rows(array: jax.Array, start: int, rows: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, rows)
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    """The values of an array, which does not keep them as np.asarray(array) would have it do."""
+    if not array.is_fully_addressable:
+        go_on()
+        return multihost_utils.process_allgather(array, tiled=True)
+    shards = [shard.data for shard in array.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
 
 
 class CheckpointParameters:

@@ -1,6 +1,6 @@
 """The Python API of checkpoints: a folder in Hugging Face's format to a model and its processor, and back."""
 
-import os
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from gemma4_jax.chat import ChatTemplate
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.data.processor import Processor
 from gemma4_jax.errors import InputError
-from gemma4_jax.hf.load import Checkpoint, load_state, read_json, write_carried
+from gemma4_jax.hf.agreement import led_by_first_process
+from gemma4_jax.hf.leftovers import beside
+from gemma4_jax.hf.load import Checkpoint, ParameterReader, load_state, read_json, write_carried
 from gemma4_jax.hf.save import STORED_AS, export_state
 from gemma4_jax.model import Gemma4
 from gemma4_jax.sharding import param_shardings
@@ -29,7 +31,9 @@ def load_hf(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) ->
 
     Args:
       path: of the folder: config.json, safetensors, tokenizer.json, and what else a release has.
-      dtype: of parameters and activations, "float32" or "bfloat16"; None is what the checkpoint is stored in.
+      dtype: of parameters and activations, "float32" or "bfloat16". With None, parameters have the dtypes in which they
+        are stored (float32 where the tensors of one differ, or are float16), and activations are float32 unless all of
+        the checkpoint is stored in bfloat16.
       mesh: from `sharding.make_mesh`, to spread the model over; None is the default device. A model on a mesh is
         called inside of `jax.set_mesh(mesh)`.
     Returns:
@@ -44,6 +48,8 @@ def load_hf(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) ->
     processor = load_processor(checkpoint.folder, checkpoint.config)
     model = nnx.eval_shape(lambda: Gemma4(checkpoint.config, nnx.Rngs(0), dtype=kind, param_dtype=kind))
     graphdef, state = nnx.split(model)
+    if dtype is None:
+        state = _with_stored_dtypes(checkpoint, state)
     if mesh is not None:
         shardings = param_shardings(state, mesh)
         state = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, shardings)
@@ -54,7 +60,7 @@ def save_hf(model: Gemma4, processor: Processor, path: str | Path, *, dtype: str
     """Writes a model and its processor as a folder in Hugging Face's format, whole or not at all.
 
     Tensors of the checkpoint that the model does not use, such as those of KV-shared layers, are carried along from
-    the folder that the processor was loaded from.
+    the folder that the processor was loaded from. With many processes every one calls this; if one fails, all do.
 
     Args:
       model: on any mesh.
@@ -65,26 +71,29 @@ def save_hf(model: Gemma4, processor: Processor, path: str | Path, *, dtype: str
       InputError: the folder cannot be made, or the one that the model came from is no longer there.
     """
     state, path = nnx.state(model), Path(path).absolute()
-    carried = path.with_name(f".{path.name}.{os.getpid()}.carried.safetensors")
+    carried = beside(path, "carried.safetensors")
+    unused: list[str] = []
     try:
-        checkpoint = None if processor.source is None else Checkpoint(processor.source)
-        unused = [] if checkpoint is None else checkpoint.unused(state)
-        if checkpoint is not None and unused and jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_carried(checkpoint, unused, carried)
+        with led_by_first_process():
+            if processor.source is not None and jax.process_index() == 0:
+                checkpoint = Checkpoint(processor.source)
+                if unused := checkpoint.unused(state):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_carried(checkpoint, unused, carried)
         export_state(
             state,
             model.config,
             path,
             tokenizer=processor.tokenizer,
             max_soft_tokens=processor.max_soft_tokens,
-            dtype=dtype or model.embedding_table[...].dtype.name,
+            dtype=dtype,
             carried=carried if unused else None,
         )
     except OSError as error:
         raise InputError(f"{path} cannot be written ({(error.strerror or str(error)).lower()}).") from error
     finally:
-        carried.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            carried.unlink(missing_ok=True)
 
 
 def load_processor(folder: Path, config: Gemma4Config) -> Processor:
@@ -112,6 +121,17 @@ def load_processor(folder: Path, config: Gemma4Config) -> Processor:
         source=folder,
         audio=config.audio,
     )
+
+
+def _with_stored_dtypes(checkpoint: Checkpoint, state: nnx.State) -> nnx.State:
+    """An abstract state in which every parameter has the dtype that holds its tensors as they are stored."""
+    reader = ParameterReader(checkpoint)
+
+    def stored(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, reader.stored_dtype(".".join(map(str, path))))
+
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(path, leaf.replace(stored(path, leaf.get_value()))) for path, leaf in flat])
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:

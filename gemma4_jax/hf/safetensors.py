@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 MAX_HEADER_BYTES = 100_000_000
 """A longer header is refused before it is read; the reference library has the same limit."""
 
+MAX_AXES = 8
+"""No tensor of a model has more."""
 
 _BLOCK_BYTES = 1 << 24
 _STRIP = 16
@@ -76,16 +79,11 @@ class TensorFile:
         for name, tensor in self.tensors.items():
             if tensor.start != end:
                 kind = "overlaps the one before it" if tensor.start < end else "leaves a gap before it"
-                raise InputError(f"{path} is damaged: tensor {name} {kind}.")
+                raise InputError(f"{path} is damaged: tensor {name:.100} {kind}.")
             end = tensor.stop
         if end != size:
             kind = "is cut short" if end > size else "goes on behind its last tensor"
             raise InputError(f"{path} {kind}: its header describes {end} bytes, and it has {size}.")
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all its tensors."""
-        return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as a view of the mapped file: no bytes are read until they are used."""
@@ -129,19 +127,21 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     are_sizes = all(
-        isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
+        isinstance(numbers, list)
+        and len(numbers) <= MAX_AXES
+        and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
         for numbers in (shape, offsets)
     )
     if not are_sizes or len(offsets) != 2 or not isinstance(dtype, str):
-        raise InputError(f"{path} is damaged: the header says of tensor {name} only {entry!r:.100}.")
+        raise InputError(f"{path} is damaged: the header says of tensor {name:.100} only {reprlib.repr(entry):.100}.")
     if dtype not in DTYPES:
-        raise InputError(f"{path}: tensor {name} has dtype {dtype}, and only {', '.join(DTYPES)} are read.")
+        raise InputError(f"{path}: tensor {name:.100} has dtype {dtype:.20}, and only {', '.join(DTYPES)} are read.")
     size = DTYPES[dtype].itemsize
     for extent in shape:
         size *= extent
     if offsets[1] - offsets[0] != size:
         raise InputError(
-            f"{path} is damaged: tensor {name} of shape {shape} needs {size} bytes, and the header gives it "
+            f"{path} is damaged: tensor {name:.100} of shape {shape} needs {size} bytes, and the header gives it "
             f"{offsets[1] - offsets[0]}."
         )
     return StoredTensor(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])

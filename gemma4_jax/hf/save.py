@@ -16,16 +16,18 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.errors import InputError
-from gemma4_jax.hf.config import generation_config, to_hf
+from gemma4_jax.hf.agreement import led_by_first_process
+from gemma4_jax.hf.config import from_hf, generation_config, to_hf
+from gemma4_jax.hf.leftovers import beside, remove_leftovers
 from gemma4_jax.hf.names import Tensor, tensors
 from gemma4_jax.hf.parameters import CheckpointParameters, Parameters, StateParameters
 from gemma4_jax.hf.processor import processor_config, to_json, tokenizer_files
 from gemma4_jax.hf.safetensors import DTYPES, OutgoingTensor, TensorFile, in_blocks, write_tensor_file
 from gemma4_jax.tokenizer import BUNDLED, Tokenizer
+from gemma4_jax.vision.geometry import SOFT_TOKEN_BUDGETS
 
 STORED_AS = {"float32": "F32", "bfloat16": "BF16"}
 """The dtypes that an export can have, and what the file format calls them."""
@@ -50,7 +52,7 @@ def export_run(
 ) -> bool:
     """Exports the last checkpoint of a run, without ever holding more of it than one piece of an array.
 
-    With many processes the first does it, and the others wait.
+    With many processes the first does it, and the others wait; if it fails, all of them raise.
 
     Args:
       run_dir: of the run.
@@ -63,22 +65,22 @@ def export_run(
       InputError: there is no such run, or the folder cannot be made.
     """
     run_dir, out_dir, is_written = Path(run_dir), Path(out_dir), False
-    if jax.process_index() == 0:
-        config = _run_config(run_dir)
-        parameters = CheckpointParameters(run_dir)
-        if not (keeps_newer and _is_newer(out_dir, parameters.folder)):
-            carried = run_dir / CARRIED
-            _export(
-                parameters,
-                Gemma4Config.from_dict(config["model"]),
-                out_dir,
-                tokenizer=_run_tokenizer(run_dir, config["tokenizer"]),
-                max_soft_tokens=config["data"]["soft_tokens_per_image"],
-                dtype=dtype,
-                carried=carried if carried.exists() else None,
-            )
-            is_written = True
-    _wait_for_all_processes()
+    with led_by_first_process():
+        if jax.process_index() == 0:
+            config, model_config = _run_config(run_dir)
+            parameters = CheckpointParameters(run_dir)
+            remove_leftovers(out_dir)
+            if not (keeps_newer and _is_newer(out_dir, parameters.folder)):
+                carried = run_dir / CARRIED
+                _export(
+                    _outgoing(parameters, model_config, dtype),
+                    model_config,
+                    out_dir,
+                    tokenizer=_run_tokenizer(run_dir, config["tokenizer"]),
+                    max_soft_tokens=config["data"]["soft_tokens_per_image"],
+                    carried=carried if carried.exists() else None,
+                )
+                is_written = True
     return is_written
 
 
@@ -100,7 +102,7 @@ def export_state(
     dtype: str | None = None,
     carried: Path | None = None,
 ) -> None:
-    """Exports a model in memory. Where it is spread over processes, every process calls this.
+    """Exports a model in memory. Where it is spread over processes, every process calls this; if one fails, all do.
 
     Args:
       state: its parameters and buffers.
@@ -113,43 +115,42 @@ def export_state(
     Raises:
       InputError: the folder cannot be made.
     """
-    parameters = StateParameters(state)
-    if jax.process_index() == 0:
-        _export(
-            parameters,
-            model_config,
-            Path(out_dir),
-            tokenizer=tokenizer,
-            max_soft_tokens=max_soft_tokens,
-            dtype=dtype,
-            carried=carried,
-        )
-    elif any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
-        for tensor in _outgoing(parameters, model_config, dtype, None):
-            for _ in tensor.blocks():
-                pass
-    _wait_for_all_processes()
+    outgoing = _outgoing(StateParameters(state), model_config, dtype)  # raises in every process or in none
+    with led_by_first_process():
+        if jax.process_index() == 0:
+            remove_leftovers(Path(out_dir))
+            _export(
+                outgoing,
+                model_config,
+                Path(out_dir),
+                tokenizer=tokenizer,
+                max_soft_tokens=max_soft_tokens,
+                carried=carried,
+            )
+        elif any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
+            for tensor in outgoing:
+                for _ in tensor.blocks():
+                    pass
 
 
-def _wait_for_all_processes() -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("export")
-
-
-def _run_config(run_dir: Path) -> dict[str, Any]:
+def _run_config(run_dir: Path) -> tuple[dict[str, Any], Gemma4Config]:
+    """The config of a run, and the architecture in it."""
     path = run_dir / "config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
     except OSError as error:
         reason = (error.strerror or "").lower()
         raise InputError(f"{run_dir} is not a run directory: its config.json cannot be read ({reason}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): it is not the config of a run.") from error
     fields = {"model": dict, "data": dict, "tokenizer": str}
     is_whole = isinstance(config, dict) and all(isinstance(config.get(name), kind) for name, kind in fields.items())
     if not is_whole or type(config["data"].get("soft_tokens_per_image")) is not int:
         raise InputError(f"{path} is not the config of a run.")
-    return config
+    try:
+        return config, Gemma4Config.from_dict(config["model"])
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not the config of a run: its section model is of no model.") from error
 
 
 def _run_tokenizer(run_dir: Path, name: str) -> Tokenizer:
@@ -159,35 +160,36 @@ def _run_tokenizer(run_dir: Path, name: str) -> Tokenizer:
 
 
 def _export(
-    parameters: Parameters,
+    outgoing: list[OutgoingTensor],
     model_config: Gemma4Config,
     out_dir: Path,
     *,
     tokenizer: Tokenizer,
     max_soft_tokens: int,
-    dtype: str | None,
     carried: Path | None,
 ) -> None:
     """Makes the folder, in one process."""
-    if dtype is not None and dtype not in STORED_AS:
-        raise InputError(f"dtype={dtype!r} is not possible: an export is stored as {' or '.join(STORED_AS)}.")
-    extra = None if carried is None else TensorFile(carried)
-    outgoing = _outgoing(parameters, model_config, dtype, extra)
-    files = tokenizer_files(tokenizer, model_config)
-    files.setdefault("generation_config.json", to_json(generation_config(model_config.tokens)))
-    if model_config.vision is not None:
-        files["processor_config.json"] = to_json(processor_config(model_config.vision, max_soft_tokens))
-    if dtype is None:
-        dtype = "bfloat16" if {kind.name for kind in parameters.dtypes.values()} == {"bfloat16"} else "float32"
+    dtype = "bfloat16" if {tensor.dtype for tensor in outgoing} == {"BF16"} else "float32"
     config = to_hf(model_config, dtype=dtype, max_soft_tokens=max_soft_tokens)
+    extra = None if carried is None else TensorFile(carried)
+    if extra is not None:
+        outgoing = _in_order([*outgoing, *(OutgoingTensor.copy_of(extra, name) for name in extra.tensors)])
     for tower in ("vision", "audio"):
         config[f"{tower}_config"] = _tower_config(tower, config, outgoing, extra)
+    files = tokenizer_files(tokenizer, model_config)
+    files.setdefault("generation_config.json", to_json(generation_config(model_config.tokens)))
+    if (vision := from_hf(config).vision) is not None:
+        if model_config.vision is None:  # the budget is that of the model whose tower is carried
+            budget = config["vision_config"].get("default_output_length")
+            max_soft_tokens = budget if budget in SOFT_TOKEN_BUDGETS else max_soft_tokens
+            config["vision_soft_tokens_per_image"] = max_soft_tokens
+        files["processor_config.json"] = to_json(processor_config(vision, max_soft_tokens))
     # Last, for without it nothing takes the folder for a model.
     files["config.json"] = to_json(config)
 
     out_dir = out_dir.absolute()
     _check_destination(out_dir)
-    temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
+    temporary = beside(out_dir, "tmp")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         check_space(out_dir.parent, sum(tensor.num_bytes for tensor in outgoing))
@@ -217,10 +219,10 @@ def _tower_config(
     return section
 
 
-def _outgoing(
-    parameters: Parameters, model_config: Gemma4Config, dtype: str | None, carried: TensorFile | None
-) -> list[OutgoingTensor]:
-    """Every tensor of the export. Those of one array follow each other, so that each piece of it is read once."""
+def _outgoing(parameters: Parameters, model_config: Gemma4Config, dtype: str | None) -> list[OutgoingTensor]:
+    """Every tensor of the model. Those of one array follow each other, so that each piece of it is read once."""
+    if dtype is not None and dtype not in STORED_AS:
+        raise InputError(f"dtype={dtype!r} is not possible: an export is stored as {' or '.join(STORED_AS)}.")
     used = [tensor for tensor in tensors(model_config) if tensor.path in parameters.shapes]
     if missing := parameters.shapes.keys() - {tensor.path for tensor in used}:
         raise InputError(f"the model has parameters that an export has no names for: {', '.join(sorted(missing))}.")
@@ -231,9 +233,11 @@ def _outgoing(
         stored_as = STORED_AS.get(dtype or parameters.dtypes[tensor.path].name, STORED_AS["float32"])
         blocks = partial(_blocks, tensor, parameters, stored_as)
         outgoing.append(OutgoingTensor(tensor.name, stored_as, tensor.shape, blocks))
-    if carried is not None:
-        outgoing += [OutgoingTensor.copy_of(carried, name) for name in carried.tensors]
-    # Wide dtypes first: so every tensor of a file is aligned.
+    return _in_order(outgoing)
+
+
+def _in_order(outgoing: list[OutgoingTensor]) -> list[OutgoingTensor]:
+    """Wide dtypes first: so every tensor of a file is aligned."""
     return sorted(outgoing, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
 
 
@@ -328,7 +332,7 @@ def sync_folder(folder: Path) -> None:
 
 def _publish(finished: Path, out_dir: Path) -> None:
     """Puts the finished folder in its place; what was there is deleted only when that is done."""
-    old = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.old")
+    old = beside(out_dir, "old")
     if out_dir.exists():
         out_dir.rename(old)
     try:

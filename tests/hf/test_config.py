@@ -107,6 +107,7 @@ UNSUPPORTED = [
     ("text_config.hidden_size", True),
     ("text_config.num_hidden_layers", 10**9),
     ("text_config.rms_norm_eps", "1e-6"),
+    ("text_config.rms_norm_eps", 10**400),
     ("text_config.attention_k_eq_v", 1),
     ("text_config.num_experts", None),
     ("text_config.num_experts", 0),

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from gemma4_jax import sizes
 from gemma4_jax.errors import InputError
 from gemma4_jax.hf import save, streaming
 from gemma4_jax.hf.convert import convert
+from gemma4_jax.hf.leftovers import HOST
 from gemma4_jax.hf.load import Checkpoint, load_state
 from gemma4_jax.hf.names import tensors
 from gemma4_jax.hf.save import export_run
@@ -157,6 +159,26 @@ def test_not_a_number_is_named(tmp_path):
         convert(release, tmp_path / "out")
     export_run(tmp_path / "out", tmp_path / "again")
     assert checkpoints.stored(tmp_path / "again") == checkpoints.stored(release)
+
+
+def test_leftovers_of_a_killed_conversion_are_removed(release, tmp_path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    (tmp_path / f".out.{HOST}.{killed.pid}.tmp").mkdir()
+    convert(release, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_room_that_is_asked_for_is_what_is_written(tmp_path, monkeypatch):
+    """Layers of one parameter that are stored in two dtypes are written in the wider one."""
+    release = checkpoints.write_release(tmp_path / "in", CONFIG, mixed)
+    asked: list[int] = []
+    monkeypatch.setattr("gemma4_jax.hf.convert.check_space", lambda _, num_bytes: asked.append(num_bytes))
+    convert(release, tmp_path / "converted")
+    export_run(tmp_path / "converted", tmp_path / "out")
+    written = sum(len(content) for _, _, content in checkpoints.stored(tmp_path / "out").values())
+    assert asked == [written]
+    assert written > sum(len(content) for _, _, content in checkpoints.stored(release).values())
 
 
 def test_a_disk_that_is_full(release, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from gemma4_jax.hf import load, safetensors, save
 from gemma4_jax.hf.config import to_hf
 from gemma4_jax.hf.load import Checkpoint, load_state, write_carried
 from gemma4_jax.hf.names import flatten_paths, tensors
+from gemma4_jax.hf.processor import processor_config
 from gemma4_jax.hf.safetensors import OutgoingTensor, in_blocks, write_tensor_file
 from gemma4_jax.hf.save import export_state
 from gemma4_jax.model import Gemma4
@@ -165,13 +166,17 @@ def test_a_tower_that_is_left_out_is_carried(left_out, tmp_path):
     names = checkpoint.unused(state)
     assert any(name.startswith(f"model.embed_{left_out}.") for name in names)
     write_carried(checkpoint, names, tmp_path / "carried.safetensors")
-    options = {"tokenizer": TOKENIZER, "max_soft_tokens": 70, "carried": tmp_path / "carried.safetensors"}
+    # A model without images has no use for the budget of one, so this is as likely another than that of the source.
+    budget = 70 if smaller.vision else 1120
+    options = {"tokenizer": TOKENIZER, "max_soft_tokens": budget, "carried": tmp_path / "carried.safetensors"}
     export_state(state, smaller, tmp_path / "out", **options)
     (tmp_path / "out" / "tokenizer.json").unlink()  # it is of a larger vocabulary
     assert stored(tmp_path / "out") == {name: array.tobytes() for name, array in weights.items()}
     given, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "in"))
     assert given[f"{left_out}_config"] == expected[f"{left_out}_config"]
     assert Checkpoint(tmp_path / "out").config == config
+    processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert processor == processor_config(config.vision, 70)
 
 
 def test_not_a_number_is_named(weights, config, tmp_path):
@@ -182,6 +187,15 @@ def test_not_a_number_is_named(weights, config, tmp_path):
     checkpoint = Checkpoint(write(tmp_path / "in", broken, config))
     with pytest.warns(UserWarning, match=r"NaN in .*layers\.\{2\}\.self_attn\.q_proj\.weight, .*norm\.weight"):
         load_state(checkpoint, abstract(config), config)
+
+
+def test_not_a_number_is_named_in_what_is_carried(weights, config, tmp_path):
+    broken = released(weights, config)
+    name = next(tensor.name for tensor in tensors(config) if tensor.is_redundant)
+    broken[name] = np.full_like(broken[name], np.nan)
+    checkpoint = Checkpoint(write(tmp_path / "in", broken, config))
+    with pytest.warns(UserWarning, match=r"NaN in model\.language_model\.layers\.\{\d\}\.self_attn\.\w+\.weight\.$"):
+        write_carried(checkpoint, checkpoint.unused(abstract(config)), tmp_path / "carried.safetensors")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -267,6 +281,7 @@ def test_a_vocabulary_larger_than_the_embedding(weights, tmp_path):
         (b"", "is not JSON"),
         (b"\xff", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
+        (b"9" * 5000, "is not JSON"),
         (b'{"model_type": "llama"}', "model_type='llama' is not supported"),
         (b"[]", "must be an object"),
     ],

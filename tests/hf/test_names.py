@@ -134,6 +134,8 @@ def test_abbreviate():
         *sorted(names[1:6]),
         "c.layers.4.d",
     ]
+    hostile = f"a.layers.{'9' * 5000}.b"
+    assert abbreviate([hostile]) == [hostile]
 
 
 @sizes

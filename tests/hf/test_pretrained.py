@@ -5,13 +5,16 @@ import re
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import PIL.Image
 import pytest
+from flax import nnx
 
 import gemma4_jax
 from gemma4_jax import sizes
 from gemma4_jax.errors import InputError
+from gemma4_jax.hf import agreement
 from gemma4_jax.hf.names import tensors
 from gemma4_jax.sharding import make_mesh
 from tests import conversations
@@ -57,6 +60,42 @@ def test_every_tensor_comes_back_bit_for_bit(loaded, folder, tmp_path):
     again = gemma4_jax.load_hf(tmp_path / "out")
     assert again[0].config == CONFIG
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_dtypes_that_differ_come_back_bit_for_bit(loaded, tmp_path):
+    """Parameters have the dtypes in which they are stored; the model computes as with all of them in float32."""
+
+    def half_of_it(name: str, array: np.ndarray) -> np.ndarray:
+        return array if array.ndim < 2 or "vision" in name else array.astype(ml_dtypes.bfloat16)
+
+    folder = checkpoints.write_release(tmp_path / "in", CONFIG, half_of_it)
+    model, processor = gemma4_jax.load_hf(folder)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))} == {"bfloat16", "float32"}
+    gemma4_jax.save_hf(model, processor, tmp_path / "out")
+    assert checkpoints.stored(tmp_path / "out") == checkpoints.stored(folder)
+    batch = processor("Hello there.")
+    wide, _ = gemma4_jax.load_hf(folder, dtype="float32")
+    np.testing.assert_array_equal(model(batch), wide(batch))
+    assert gemma4_jax.generate(model, processor, "Hello", max_new_tokens=3)
+
+
+def test_a_process_that_fails_tells_the_others(loaded, tmp_path, monkeypatch):
+    """Whenever that is, and it tells them once; here the other one is a record of what it would be told."""
+    told: list[int] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    tell = lambda is_well: told.append(int(is_well)) or is_well  # noqa: E731
+    monkeypatch.setattr("gemma4_jax.hf.agreement.multihost_utils.broadcast_one_to_all", tell)
+    gemma4_jax.save_hf(*loaded, tmp_path / "out")
+    assert told == [1, 1]
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "out"):
+        told.clear()
+        with pytest.raises(InputError):
+            gemma4_jax.save_hf(*loaded, place)
+        assert told in ([1, 0], [0])
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(InputError, match="the first process failed"), agreement.led_by_first_process():
+        monkeypatch.setattr("gemma4_jax.hf.agreement.multihost_utils.broadcast_one_to_all", np.zeros_like)
 
 
 def test_logits_on_a_mesh_are_those_of_one_device(loaded, folder):
@@ -109,6 +148,13 @@ def test_a_list_of_conversations_is_a_batch(loaded):
     assert not batch.loss_weights[1].any()
 
 
+def nested(depth: int) -> list:
+    value: list = [1]
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -122,6 +168,23 @@ def test_a_list_of_conversations_is_a_batch(loaded):
         ({"inputs": "<|image|>", "images": [b"not a picture"]}, "cannot be decoded"),
         ({"inputs": "<|image|>", "images": [3]}, "an image cannot be int"),
         ({"inputs": "<|image|>", "images": [np.zeros((4, 4), np.uint8)]}, r"cannot be uint8 \[4, 4\]"),
+        ({"inputs": "<|image|>", "images": np.zeros((8, 8, 3), np.uint8)}, r"write images=\[image\]\."),
+        ({"inputs": "<|image|>", "images": PIL.Image.new("RGB", (8, 8))}, r"write images=\[image\]\."),
+        ({"inputs": "<|image|>", "images": "cat.png"}, r"write images=\[image\]\."),
+        ({"inputs": [conversations.user(None)], "images": "cat.png"}, r"write images=\[image\]\."),
+        ({"inputs": ["<|image|>", "b"], "images": ["cat.png", None]}, r"write images=\[\[image\], \[\]\]\."),
+        (
+            {"inputs": ["<|image|>", "b"], "images": np.zeros((2, 8, 8, 3), np.uint8)},
+            r"write images=\[\[image\], \[\]\]",
+        ),
+        ({"inputs": "<|audio|>", "audios": np.zeros(400)}, r"write audios=\[audio\]\."),
+        ({"tokens": [2, 8], "images": np.zeros((8, 8, 3), np.uint8)}, r"write images=\[image\]\."),
+        ({"tokens": [[2, [3]]]}, "rows of token ids"),
+        ({"tokens": [2, [3]]}, "rows of token ids"),
+        ({"tokens": nested(3000)}, "rows of token ids"),
+        ({"inputs": "hi", "max_new_token": 4}, "max_new_token cannot be used here: only conversations"),
+        ({"inputs": ["hi"], "tools": [conversations.WEATHER]}, "tools cannot be used here"),
+        ({"tokens": [2, 30], "enable_thinking": True}, "enable_thinking cannot be used here"),
         ({"inputs": ["a", "b"], "images": [[]]}, "given for 1 inputs, and there are 2"),
         ({"tokens": [2, 8]}, "1 placeholders, and its 0 images 0"),
         ({"tokens": [2, -8]}, "rows of token ids"),
@@ -136,6 +199,16 @@ def test_a_list_of_conversations_is_a_batch(loaded):
 def test_bad_inputs(arguments, reason, loaded):
     with pytest.raises(InputError, match=reason):
         loaded[1](**arguments)
+
+
+def test_none_stands_for_no_images(loaded, picture):
+    batch = loaded[1](["<|image|>", "b"], images=[(picture,), None])
+    assert batch.image_slots[0].max() >= 0 > batch.image_slots[1].max()
+
+
+def test_arguments_that_generate_does_not_have(loaded):
+    with pytest.raises(InputError, match="max_new_token cannot be used here"):
+        gemma4_jax.generate(*loaded, "Hello", max_new_token=4)
 
 
 def test_images_twice(loaded, picture):

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from gemma4_jax.errors import InputError
 from gemma4_jax.hf import parameters as parameters_module
 from gemma4_jax.hf import save
 from gemma4_jax.hf.config import from_hf
+from gemma4_jax.hf.leftovers import HOST
 from gemma4_jax.hf.load import Checkpoint
 from gemma4_jax.hf.save import CARRIED, export_run, export_state
 from gemma4_jax.layers import Buffer
@@ -159,6 +162,20 @@ def test_a_run_is_read_in_pieces(run_dir, config, monkeypatch):
     assert len(slab) < config.text.vocab_size
 
 
+@pytest.mark.parametrize("slab_bytes", [1000, 10**9])
+def test_an_export_keeps_no_copy_of_the_model_on_the_host(slab_bytes, state, config, weights, tmp_path, monkeypatch):
+    """np.asarray of an array would leave one in it; nor is more of a stack read than the layers that are written."""
+    monkeypatch.setattr(parameters_module, "_SLAB_BYTES", slab_bytes)
+    spread = jax.device_put(state, param_shardings(state, make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})))
+    save.export_state(spread, config, tmp_path / "out", tokenizer=Tokenizer.load("bundled"), max_soft_tokens=70)
+    assert not [leaf.shape for leaf in jax.tree.leaves(spread) if leaf._npy_value is not None]
+    assert_same(stored(tmp_path / "out"), weights)
+    parameters = save.StateParameters(spread)
+    path = next(path for path, shape in parameters.shapes.items() if path.startswith("vision.") and len(shape) == 4)
+    start, slab = parameters.slab(path, 1)
+    assert (start, len(slab)) == ((1, 1) if slab_bytes == 1000 else (0, parameters.shapes[path][0]))
+
+
 def test_what_is_not_a_run(run_dir, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(InputError, match="not a run directory"):
@@ -166,6 +183,14 @@ def test_what_is_not_a_run(run_dir, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gemma4"}')
     with pytest.raises(InputError, match="not the config of a run"):
+        export_run(tmp_path / "other", out)
+    content = json.loads((run_dir / "config.json").read_text())
+    for model in ({}, {**content["model"], "text": {}}, {**content["model"], "tokens": None}):
+        (tmp_path / "other" / "config.json").write_text(json.dumps(content | {"model": model}))
+        with pytest.raises(InputError, match="section model is of no model"):
+            export_run(tmp_path / "other", out)
+    (tmp_path / "other" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="not JSON"):
         export_run(tmp_path / "other", out)
     (tmp_path / "other" / "config.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
@@ -245,6 +270,37 @@ def test_interrupted(moment, export, monkeypatch, tmp_path):
     with pytest.raises(Killed):
         export()
     assert not list(tmp_path.iterdir())
+
+
+def dead_process() -> str:
+    finished = subprocess.Popen(["true"])
+    finished.wait()
+    return f"{HOST}.{finished.pid}"
+
+
+def test_what_killed_processes_left_is_removed(export, weights, tmp_path):
+    dead, alive, elsewhere = dead_process(), f"{HOST}.{os.getppid()}", "elsewhere.999999999"
+    kept = [f".out.{alive}.tmp", f".out.{elsewhere}.tmp", f".other.{dead}.tmp", f".out.{dead}.notes"]
+    for name in (f".out.{dead}.tmp", *kept):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    (tmp_path / f".out.{dead}.carried.safetensors").write_text("half")
+    assert_same(stored(export()), weights)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *kept}
+
+
+def test_an_export_that_was_moved_aside_goes_back_to_its_place(export, weights, monkeypatch, tmp_path):
+    """Also where the next one fails; where another has taken its place, it is removed."""
+    folder, aside = export(), tmp_path / f".out.{dead_process()}.old"
+    folder.rename(aside)
+    with monkeypatch.context() as patch:
+        patch.setattr(save.shutil, "disk_usage", lambda folder: SimpleNamespace(free=7))
+        with pytest.raises(InputError, match="has room for 7"):
+            export(dtype="bfloat16")
+    assert_same(stored(folder), weights)
+    shutil.copytree(folder, aside)
+    export()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_no_room(export, monkeypatch, tmp_path):

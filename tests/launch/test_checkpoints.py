@@ -77,7 +77,7 @@ def test_convert_leaves_nothing_half_written(release, tmp_path, capsys, monkeypa
 
 def overrides(run_dir: Path, tokenizer: Path, **fields) -> list[str]:
     given = {"train.num_steps": 1, "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-30} | fields
-    given |= {"run_dir": run_dir, "tokenizer": tokenizer, "optimizer.weight_decay": 0.0, "eval.num_images": 2}
+    given |= {"run_dir": run_dir, "tokenizer": tokenizer, "optimizer.weight_decay": 0.0, "eval.num_documents": 2}
     return [f"--config={TINY}", *(f"--config.{name}={value}" for name, value in given.items())]
 
 

@@ -1,5 +1,6 @@
 """The commands: what they print, and that they hand over to the rooms below."""
 
+import signal
 import subprocess
 import sys
 import types
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemma4_jax.launch import cli, run_config
+from gemma4_jax.train import loop
 
 
 def test_help_lists_every_command(capsys):
@@ -76,6 +78,46 @@ def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == "gemma4: interrupted.\n"
 
 
+def test_a_terminated_command_cleans_up(monkeypatch):
+    events = []
+
+    def export(*_, dtype):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            events.append("went on")
+        finally:
+            events.append("cleaned up")
+
+    before = signal.getsignal(signal.SIGTERM)
+    stand_in(monkeypatch, "gemma4_jax.hf.save", export_run=export)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["export", "run", "out"])
+    assert left.value.code == 143
+    assert events == ["cleaned up"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_handler_of_jax_or_of_train_stays(monkeypatch, tmp_path):
+    calls = []
+
+    def note(*_):
+        calls.append(signal.getsignal(signal.SIGTERM))
+
+    def train(*_):
+        with loop._Preemption():
+            signal.raise_signal(signal.SIGTERM)
+            calls.append("saves")
+
+    stand_in(monkeypatch, "gemma4_jax.hf.save", export_run=lambda *_, dtype: note())
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    assert cli.main(["export", "run", "out"]) == 0
+    monkeypatch.undo()
+    stand_in(monkeypatch, "gemma4_jax.train.loop", train=train)
+    assert cli.main(["train", "--config=base", "--config.export.at_end=false", f"--config.run_dir={tmp_path}"]) == 0
+    assert calls == [before, "saves"]
+
+
 @pytest.mark.parametrize(
     "program",
     [[str(Path(sys.executable).parent / "gemma4"), "train"], [sys.executable, "-m", "gemma4_jax.launch.train"]],
@@ -85,4 +127,4 @@ def test_console_script_and_module_are_the_same(program):
         [*program, "--config=quickstart", "--config.seed=-1"], capture_output=True, text=True, check=False
     )
     assert (finished.returncode, finished.stdout) == (2, "")
-    assert finished.stderr == "gemma4: seed=-1 is not possible: it must be at least 0.\n"
+    assert finished.stderr == "gemma4: seed=-1 is not possible: it must be between 0 and 2**32 - 1.\n"
