@@ -20,7 +20,7 @@ preview: $(VENV)/.installed ## Write preview.html: the first packed rows of the 
 	$(BIN)/gemma4 preview --config=configs/quickstart.py $(ARGS)
 
 test: $(VENV)/.installed-test ## Run every test, with the live comparison against the reference implementation
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadscope $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadscope --no-loadscope-reorder $(ARGS)
 
 test-fast: $(VENV)/.installed-test ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -54,6 +54,11 @@ def test_train_hands_over_the_config_and_then_exports(monkeypatch, tmp_path):
     assert cli.main([*base, "--config.export.at_end=false", "--config.init.from_hf=release"]) == 0
     assert calls == ["release", 77]
 
+    calls.clear()
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    assert cli.main([*base, "--config.export.at_end=false", "--config.init.from_hf=gone"]) == 0
+    assert calls == [77]  # a run that has a checkpoint goes on from there, whatever became of what it began from
+
 
 def stand_in(monkeypatch, name, **functions):
     module = types.ModuleType(name)
