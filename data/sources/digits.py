@@ -1,11 +1,11 @@
-"""Handwritten numbers to read: strips of paper composed from real scans of single digits.
+"""Handwritten numbers to read: sheets of paper composed from real scans of single digits.
 
 The scans are 8 x 8 pixels (bundled/ATTRIBUTION.txt). The resize that every image goes through fills the budget of soft
-tokens whatever the image, so a small image of few digits would spread each over many tokens. A strip so long that 70
-tokens are too few for two rows of them becomes one row of 35 tokens or more, and its sides are chosen so that in the
-quickstart a digit is one soft token. The number begins `PLACES` digits before the right end of its strip: from the
-digit to the token that reads it is always the same distance, which a model of small means learns in minutes, and what
-it learns on one digit serves all.
+tokens whatever the image, so a small image of few digits would spread each over many tokens. A sheet has room for so
+many digits that in the quickstart each is one soft token; sheets go from one long line to lines as short as the sheet
+is tall. The number stands in the last line and begins `PLACES` digits before its end: from the digit to the token that
+reads it is always the same distance, which a model of small means learns in minutes, and what it learns on one digit
+serves all. The shape of a sheet tells nothing about its number.
 """
 
 from importlib import resources
@@ -24,8 +24,14 @@ PLACES = 6
 MAX_IMAGES = 4
 QUESTIONS = ("read: ", "number? ", "value = ")
 
-STRIPS = ((282, 16), (288, 15), (296, 15), (304, 14), (312, 14), (320, 14))
-"""Width and height of strips in pixels; scans are stretched to the height. They resize to one row of 35 to 40 cells."""
+SHEETS = (
+    (1, 36, 15), (1, 37, 15), (1, 38, 14), (1, 39, 14), (1, 40, 14),
+    (2, 24, 11), (3, 17, 10), (4, 14, 9), (5, 11, 9), (7, 8, 8), (8, 7, 8),
+)  # fmt: skip
+"""(lines, digits that a line has room for, pixels from line to line): they resize to as many cells of soft tokens.
+
+From 320 x 14 pixels to 56 x 64: the more a size loses when it is rounded to whole cells, the fewer tokens it costs.
+"""
 
 # Shares of training documents by their number of images.
 _IMAGES_SHARES = (0.7, 0.1, 0.1, 0.1)
@@ -52,7 +58,7 @@ def vary(rng: np.random.Generator, scan: np.ndarray) -> np.ndarray:
 
 
 def compose(rng: np.random.Generator, scans: np.ndarray) -> np.ndarray:
-    """Draws scans side by side in the last places of a strip, in light ink on dark paper.
+    """Draws scans side by side in the last places of the last line of a sheet, in light ink on dark paper.
 
     Args:
       rng: decides the size and the colours.
@@ -60,12 +66,13 @@ def compose(rng: np.random.Generator, scans: np.ndarray) -> np.ndarray:
     Returns:
       uint8 [height, width, 3].
     """
-    width, height = STRIPS[rng.integers(len(STRIPS))]
+    lines, columns, pitch = SHEETS[rng.integers(len(SHEETS))]
+    height, width = lines * pitch, columns * SCAN
     number = PIL.Image.fromarray(np.concatenate(scans, axis=1))
-    stretched = np.asarray(number.resize((number.width, height), PIL.Image.Resampling.BICUBIC))
+    stretched = np.asarray(number.resize((number.width, pitch), PIL.Image.Resampling.BICUBIC))
     first = width - SCAN * PLACES
     ink = np.zeros((height, width, 1), np.float32)
-    ink[:, first : first + number.width, 0] = stretched.clip(0, 1)
+    ink[-pitch:, first : first + number.width, 0] = stretched.clip(0, 1)
     paper, pen = rng.uniform(0, 50, 3), rng.uniform(180, 255, 3)
     return (paper + (pen - paper) * ink).astype(np.uint8)
 
