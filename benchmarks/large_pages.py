@@ -2,9 +2,9 @@
 
   python benchmarks/large_pages.py
 
-XLA takes new memory for its buffers at every step, and Linux hands it out page by page. glibc asks for large pages where
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35) and /sys/kernel/mm/transparent_hugepage/enabled is madvise; where it
-is always, they are large in any case. Prints the median step of each, in turns, and their ratio.
+XLA takes new memory for its buffers at every step, and Linux hands it out page by page. With the setting
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35) these are large, where /sys/kernel/mm/transparent_hugepage/enabled is
+madvise; where it is always, they are large in any case. Prints the median step of each, in turns, and their ratio.
 """
 
 import json
