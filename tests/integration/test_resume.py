@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 CONFIG = Path(__file__).parents[1] / "train" / "tiny.py"
-NUM_STEPS = 60
+NUM_STEPS = 40
 
 
 def start(run_dir: Path) -> subprocess.Popen:
@@ -23,7 +23,8 @@ def start(run_dir: Path) -> subprocess.Popen:
     run = {"run_dir": run_dir, "train.num_steps": NUM_STEPS, "eval.num_documents": 4, "export.at_end": False}
     arguments = [f"--config={CONFIG}", *(f"--config.{name}={value}" for name, value in (model | run).items())]
     command = [sys.executable, "-m", "gemma4_jax.launch.train", *arguments]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"  # the last one counts
+    environment = os.environ | {"XLA_FLAGS": flags}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
