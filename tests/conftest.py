@@ -6,7 +6,7 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time goes into compiling what then runs once: LLVM leaves out what only makes programs faster.
-FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_llvm_disable_expensive_passes=true")
+FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
 

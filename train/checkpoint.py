@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.hf.names import flatten_paths
+from gemma4_jax.hf.parameters import stored_arrays
 from gemma4_jax.layers import Buffer
 from gemma4_jax.train.state import TrainState
 
@@ -72,6 +74,7 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint is not of this model, or of another number of processes.
         """
+        self._check_model(step, abstract)
         items = ocp.args.Composite(
             model=ocp.args.StandardRestore(_model_dict(abstract)),
             training=ocp.args.StandardRestore(_training_dict(abstract)),
@@ -91,6 +94,20 @@ class Checkpoints:
         nnx.replace_by_pure_dict(model, restored.model)
         params, buffers = nnx.split_state(model, nnx.Param, Buffer)
         return TrainState(params=params, buffers=buffers, **restored.training)
+
+    def _check_model(self, step: int, abstract: TrainState) -> None:
+        """Names all that differs, before Orbax meets the first of it with reads under way that it would abandon."""
+        folder = Path(self._manager.directory) / str(step)
+        stored = {path: tuple(array.shape) for path, array in stored_arrays(folder / "model").items()}
+        wanted = {path: array.shape for path, array in flatten_paths(_model_dict(abstract)).items()}
+        differing = sorted(path for path in stored | wanted if stored.get(path) != wanted.get(path))
+        if differing:
+            named = ", ".join(f"{path} {stored.get(path)} and not {wanted.get(path)}" for path in differing[:5])
+            more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise InputError(
+                f"checkpoint {folder} cannot be restored: it is of another model, with {named}{more}; give another "
+                "run_dir."
+            )
 
     def close(self) -> None:
         """Waits until the last save is whole."""

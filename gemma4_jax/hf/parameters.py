@@ -78,6 +78,22 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
 
 
+def stored_arrays(folder: Path) -> dict[str, Any]:
+    """What Orbax tells of every array in an item of a checkpoint, by dotted path: shape, dtype, storage.
+
+    Raises:
+      InputError: it tells nothing.
+    """
+    try:
+        metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
+    except Exception as error:  # a damaged checkpoint meets the library with exceptions of every kind
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"checkpoint {folder.parent} cannot be read: {reason}.") from error
+    if metadata is None:
+        raise InputError(f"checkpoint {folder.parent} cannot be read: its list of arrays is missing.")
+    return flatten_paths(metadata.tree)
+
+
 class CheckpointParameters:
     """The values in the last checkpoint of a run, of which no more than two slabs are in memory at a time: the one that
     was asked for, and the one that follows it, which is read and unpacked meanwhile.
@@ -95,14 +111,7 @@ class CheckpointParameters:
         if not steps:
             raise InputError(f"{run_dir} holds no checkpoint: train it first.")
         self.folder = (checkpoints / str(max(steps)) / "model").absolute()
-        try:
-            metadata = ocp.PyTreeCheckpointHandler().metadata(self.folder)
-        except Exception as error:  # a damaged checkpoint meets the library with exceptions of every kind
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"checkpoint {self.folder.parent} cannot be read: {reason}.") from error
-        if metadata is None:
-            raise InputError(f"checkpoint {self.folder.parent} cannot be read: its list of arrays is missing.")
-        self._leaves: dict[str, Any] = flatten_paths(metadata.tree)
+        self._leaves = stored_arrays(self.folder)
         self.shapes: Mapping[str, tuple[int, ...]] = {path: leaf.shape for path, leaf in self._leaves.items()}
         self.dtypes: Mapping[str, np.dtype] = {path: np.dtype(leaf.dtype) for path, leaf in self._leaves.items()}
         # An export goes through the arrays in the order of their paths.
