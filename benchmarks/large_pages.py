@@ -4,7 +4,8 @@
 
 XLA takes new memory for its buffers at every step, and Linux hands it out page by page. With the setting
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35) these are large, where /sys/kernel/mm/transparent_hugepage/enabled is
-madvise; where it is always, they are large in any case. Prints the median step of each, in turns, and their ratio.
+madvise; where it is always, they are large in any case. Prints the median step of each, in turns, and their ratio, and
+writes the same as JSON.
 """
 
 import json
@@ -44,6 +45,9 @@ def main() -> None:
             print(f"{name} pages: a step takes {seconds[name][-1] * 1000:.0f} ms")
     ratio = statistics.median(seconds["large"]) / statistics.median(seconds["small"])
     print(f"with large pages a step takes {ratio:.2f} of the time")
+    out = Path(__file__).with_suffix(".json")
+    out.write_text(json.dumps({"step_seconds": seconds, "ratio": ratio}, indent=2) + "\n")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -67,9 +67,6 @@ def get_config(size: str = "quickstart") -> ConfigDict:
     data.images_per_row = 6
     # Patches in a packed row, at most; a multiple of the patches that pool into one soft token.
     data.patches_per_row = 1680
-    # Patches of one image, at most, where all images have fewer than the budget below allows; a document with a larger
-    # one is dropped and counted. Attention in the vision tower costs the square of it for each image. 0 is the budget.
-    data.patches_per_image = 0
     # Most soft tokens that an image may become: 70, 140, 280, 560 or 1120. More tokens, finer reading, more compute.
     data.soft_tokens_per_image = 70
     # Rows in a batch, over all hosts and devices, before it is cut into train.grad_accum_steps pieces.

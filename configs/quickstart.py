@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 280
     config.data.images_per_row = 5
     config.data.patches_per_row = 896
-    config.data.patches_per_image = 224
     config.data.batch_size = 8
 
     config.train.num_steps = 600

@@ -5,8 +5,7 @@ Rules:
   the longest that fits among the next `LOOKAHEAD`. Nothing waits forever, and the order depends on nothing but the
   order of the examples.
 - Text longer than a row is split into pieces of a row each; the last is as long as it comes.
-- A document with images that does not fit in a row, or with an image of too many patches, is dropped: to cut it could
-  part a question from its image.
+- A document with images that does not fit in a row is dropped: to cut it could part a question from its image.
 - Split, dropped and unreadable documents are counted (`COUNTERS`).
 """
 
@@ -43,7 +42,7 @@ class RowShape:
       tokens: T.
       images: I.
       patches: P, a multiple of the patches of a cell.
-      patches_per_image: W, the most patches one image may have.
+      patches_per_image: W, the most patches that an image of the budget has.
       patch_dim: numbers in one patch.
     """
 
@@ -70,17 +69,12 @@ class RowShape:
             accepted = ", ".join(map(str, SOFT_TOKEN_BUDGETS))
             raise InputError(f"data.soft_tokens_per_image={budget} is not possible: it must be one of {accepted}.")
         cell, longest_side = model.vision.pooling_size**2, budget * model.vision.pooling_size
-        largest = data.patches_per_image or budget * cell
+        largest = budget * cell
         shape = cls(tokens, images, data.patches_per_row, largest, model.vision.patch_dim)
         if tokens < budget + 4:
             raise InputError(
                 f"data.seq_len={tokens} is shorter than one image: with data.soft_tokens_per_image={budget} it must "
                 f"be at least {budget + 4}, for the image, its two marks, <bos> and <eos>."
-            )
-        if largest > budget * cell or largest % cell:
-            raise InputError(
-                f"data.patches_per_image={largest} is not possible: it must be a multiple of {cell}, the patches of a "
-                f"soft token, and at most {budget * cell}, those of data.soft_tokens_per_image={budget}."
             )
         if shape.patches < largest or shape.patches % cell:
             raise InputError(
@@ -96,8 +90,7 @@ class RowShape:
 
     def holds(self, example: Example) -> bool:
         """Whether an example fits in an empty row."""
-        are_images_small = all(len(image.patches) <= self.patches_per_image for image in example.images)
-        return are_images_small and _fits(size_of(example), (self.tokens, self.images, self.patches))
+        return _fits(size_of(example), (self.tokens, self.images, self.patches))
 
     def split(self, example: Example) -> list[Example]:
         """The example itself if a row can hold it; else its pieces if it is text; else nothing."""
@@ -203,10 +196,9 @@ class PackIterator(grain.DatasetIterator):
     def _does_not_fit(self, example: Example) -> str:
         tokens, images, patches = size_of(example)
         return (
-            f"{example.name}: {tokens} tokens, {images} images and {patches} patches, at most "
-            f"{max(len(image.patches) for image in example.images)} of one image, do not fit in a row "
+            f"{example.name}: {tokens} tokens, {images} images and {patches} patches do not fit in a row "
             f"(data.seq_len={self._shape.tokens}, data.images_per_row={self._shape.images}, data.patches_per_row="
-            f"{self._shape.patches}, data.patches_per_image={self._shape.patches_per_image})."
+            f"{self._shape.patches})."
         )
 
     def get_state(self) -> dict[str, Any]:

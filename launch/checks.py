@@ -48,7 +48,6 @@ RANGES: dict[str, Range] = {
     "data.seq_len": _at_least(2),
     "data.images_per_row": _at_least(0),
     "data.patches_per_row": _at_least(0),
-    "data.patches_per_image": _at_least(0),
     "data.soft_tokens_per_image": _one_of(*SOFT_TOKEN_BUDGETS),
     "data.batch_size": _at_least(1),
     "data.num_workers": _at_least(0),

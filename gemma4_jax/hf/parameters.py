@@ -81,16 +81,20 @@ def _to_host(array: jax.Array) -> np.ndarray:
 def stored_arrays(folder: Path) -> dict[str, Any]:
     """What Orbax tells of every array in an item of a checkpoint, by dotted path: shape, dtype, storage.
 
+    Args:
+      folder: RUN_DIR/checkpoints/STEP/ITEM.
     Raises:
       InputError: it tells nothing.
     """
     try:
         metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
+        reason = "its list of arrays is missing"
     except Exception as error:  # a damaged checkpoint meets the library with exceptions of every kind
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"checkpoint {folder.parent} cannot be read: {reason}.") from error
+        metadata, reason = None, " ".join(str(error).split())[:200]
     if metadata is None:
-        raise InputError(f"checkpoint {folder.parent} cannot be read: its list of arrays is missing.")
+        raise InputError(
+            f"checkpoint {folder.parent} cannot be read: {reason}; delete that folder to go on from the one before it."
+        )
     return flatten_paths(metadata.tree)
 
 

@@ -28,7 +28,6 @@ def make_config():
             "seq_len": 352,
             "images_per_row": 4,
             "patches_per_row": 1120,
-            "patches_per_image": 0,
             "soft_tokens_per_image": 70,
             "batch_size": 4,
             "num_workers": 0,

@@ -85,6 +85,7 @@ def test_a_digit_is_one_soft_token_of_the_last_line():
         assert np.all(np.abs(line[:, : max(first - 2, 0)]) < 0.02)
         number = line[:, first : first + SCAN * len(chosen)]
         # Two resizes, of which the second may change a percent: the largest measured difference is 0.034.
+        assert np.all(np.abs(line[:, first + number.shape[1] + 2 :]) < 0.02)
         worst = max(worst, np.abs(number - np.concatenate(chosen, axis=1)).mean())
     assert worst < 0.1
 

@@ -73,7 +73,7 @@ def test_long_text_is_split_into_whole_rows():
 
 @pytest.mark.parametrize(
     "unfit",
-    [image_example(51, [4]), image_example(10, [4] * 4), image_example(10, [40, 40, 4]), image_example(10, [44])],
+    [image_example(51, [4]), image_example(10, [4] * 4), image_example(10, [40, 40, 4])],
 )
 def test_images_that_do_not_fit_are_dropped_and_counted(unfit):
     iterator = packing([unfit, image_example(10, [4, 4]), Unreadable("bad record")])
@@ -121,9 +121,6 @@ IMPOSSIBLE = {
     "seq_len=4096 is not possible": {"seq_len": 4096},
     "patches_per_row=276 is not possible.*at least 280": {"patches_per_row": 276},
     "patches_per_row=1122 is not possible.*multiple of 4": {"patches_per_row": 1122},
-    "patches_per_image=284 is not possible.*at most 280": {"patches_per_image": 284},
-    "patches_per_image=42 is not possible.*multiple of 4": {"patches_per_image": 42},
-    "patches_per_row=76 is not possible.*at least 80": {"patches_per_row": 76, "patches_per_image": 80},
     "soft_tokens_per_image=100 is not possible": {"soft_tokens_per_image": 100},
     "num_positions=512": {"soft_tokens_per_image": 280, "seq_len": 2048, "patches_per_row": 1120},
 }

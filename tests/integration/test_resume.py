@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 CONFIG = Path(__file__).parents[1] / "train" / "tiny.py"
-NUM_STEPS = 40
+NUM_STEPS = 60
 
 
 def start(run_dir: Path) -> subprocess.Popen:

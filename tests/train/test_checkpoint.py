@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import grain
@@ -130,6 +131,9 @@ def test_a_damaged_checkpoint_is_refused(run_dir: Path):
     for file in (run_dir / "checkpoints" / "6" / "data").iterdir():
         file.unlink()
     checkpoints = Checkpoints(run_dir, keep=2)
-    with pytest.raises(InputError, match=r"checkpoint .*6 cannot be restored"):
+    with pytest.raises(InputError, match=r"checkpoint .*6 cannot be restored: .*delete that folder to go on"):
+        checkpoints.restore(6, abstract_of(make_state()), make_iterator())
+    shutil.rmtree(run_dir / "checkpoints" / "6" / "model")
+    with pytest.raises(InputError, match=r"checkpoint .*6 cannot be read: .*delete that folder to go on"):
         checkpoints.restore(6, abstract_of(make_state()), make_iterator())
     checkpoints.close()
