@@ -5,8 +5,8 @@
 
 Data: sheets of many aspect ratios with numbers of one to six real handwritten digits, interleaved with questions and
 answers; and Python source code as plain text. Both ship with the package.
-Time: 3 to 4 minutes on 2 CPU cores after installation; benchmarks/quickstart.py prints the figures.
-Result: about 95% of 1,024 held-out numbers read exactly, and none with the images blanked.
+Time: about 4 minutes on 2 CPU cores after installation; benchmarks/quickstart.py prints the figures.
+Result: about 94% of 1,024 held-out numbers read exactly, and none with the images blanked.
 Writes: runs/quickstart with report.html, summary.json, metrics.jsonl, checkpoints, and an export for transformers.
 """
 
