@@ -7,7 +7,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
-# XLA takes new memory for its buffers at every step: with large pages a step of the quickstart takes about three quarters
+# XLA takes new memory for its buffers at every step: with large pages a step of the quickstart takes 0.70 to 0.74
 # of the time (benchmarks/large_pages.py). Where the C library is not glibc, this does nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
