@@ -35,7 +35,6 @@ def assemble(rows: Sequence[Sequence[Example]], shape: RowShape, image_token: in
         "patches": np.zeros((B, P, shape.patch_dim), np.uint8),
         "patch_positions": np.full((B, P, 2), -1, np.int32),
         "patch_image_ids": np.zeros((B, P), np.int32),
-        "image_patches": np.full((B, shape.images, shape.patches_per_image), -1, np.int32),
     }
     for b, examples in enumerate(rows):
         row = {name: array[b] for name, array in arrays.items()}
@@ -67,7 +66,6 @@ def _write_images(row: dict[str, np.ndarray], images: Sequence[ImagePatches], im
         row["patches"][start:stop] = image.patches
         row["patch_positions"][start:stop] = image.positions
         row["patch_image_ids"][start:stop] = i + 1
-        row["image_patches"][i, : stop - start] = np.arange(start, stop)
         start = stop
 
 

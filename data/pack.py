@@ -42,14 +42,12 @@ class RowShape:
       tokens: T.
       images: I.
       patches: P, a multiple of the patches of a cell.
-      patches_per_image: W, the most patches that an image of the budget has.
       patch_dim: numbers in one patch.
     """
 
     tokens: int
     images: int
     patches: int
-    patches_per_image: int
     patch_dim: int
 
     @classmethod
@@ -64,13 +62,13 @@ class RowShape:
             longest = f"2 and model.text.max_positions={model.text.max_positions}"
             raise InputError(f"data.seq_len={tokens} is not possible: it must be between {longest}.")
         if model.vision is None or images == 0:
-            return cls(tokens, 0, 0, 0, model.vision.patch_dim if model.vision else 0)
+            return cls(tokens, 0, 0, model.vision.patch_dim if model.vision else 0)
         if budget not in SOFT_TOKEN_BUDGETS:
             accepted = ", ".join(map(str, SOFT_TOKEN_BUDGETS))
             raise InputError(f"data.soft_tokens_per_image={budget} is not possible: it must be one of {accepted}.")
         cell, longest_side = model.vision.pooling_size**2, budget * model.vision.pooling_size
         largest = budget * cell
-        shape = cls(tokens, images, data.patches_per_row, largest, model.vision.patch_dim)
+        shape = cls(tokens, images, data.patches_per_row, model.vision.patch_dim)
         if tokens < budget + 4:
             raise InputError(
                 f"data.seq_len={tokens} is shorter than one image: with data.soft_tokens_per_image={budget} it must "

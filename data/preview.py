@@ -17,6 +17,7 @@ from gemma4_jax.data.images import image_element, join_patches, png_source
 from gemma4_jax.data.pipeline import make_train_iterator
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import write_atomically
+from gemma4_jax.ops.attention.spans import text_spans
 from gemma4_jax.tokenizer import Tokenizer
 
 PREVIEW_ROWS = 8
@@ -159,39 +160,17 @@ def _image(row: dict[str, np.ndarray], image: int, config: Gemma4Config) -> str:
     return f"<figure>{image_element(pixels, f'image {image}')}<figcaption>{caption}</figcaption></figure>"
 
 
-def attention_mask(
-    row: dict[str, np.ndarray], positions: np.ndarray, *, window: int | None, image_blocks_bidirectional: bool
-) -> np.ndarray:
-    """Which of some positions of a row see which: [n, n] bool, queries down, keys across (spec section 2, "masks").
-
-    Args:
-      row: one row of a batch, by the names of its leaves.
-      positions: [n] of the row to look at.
-      window: keys that a query may look back on, itself included; None on global layers.
-      image_blocks_bidirectional: soft tokens of an image also see those after them.
-    """
-    place, segment, image = (row[name][positions] for name in ("positions", "segment_ids", "image_ids"))
-    distance = place[:, None] - place[None, :]
-    allowed = distance >= 0
-    if image_blocks_bidirectional:
-        allowed |= (image[:, None] == image[None, :]) & (image[:, None] > 0)
-    if window is not None:
-        allowed &= distance < window
-    return allowed & (segment[:, None] == segment[None, :]) & (segment[:, None] > 0)
-
-
 def _masks(row: dict[str, np.ndarray], config: Gemma4Config) -> str:
     text = config.text
     length = len(row["tokens"])
     positions = np.linspace(0, length - 1, min(length, MASK_SIDE)).round().astype(int)
     bidirectional = ", image blocks both ways" if text.image_blocks_bidirectional else ""
-    drawn = (
-        (f"sliding: window {text.sliding_window}{bidirectional}", text.sliding_window, text.image_blocks_bidirectional),
-        ("global: causal", None, False),
-    )
+    captions = (f"sliding: window {text.sliding_window}{bidirectional}", "global: causal")
+    spans = text_spans(text, row["positions"][None], np.arange(length)[None], row["image_ids"][None])
     figures = []
-    for caption, window, both_ways in drawn:
-        mask = attention_mask(row, positions, window=window, image_blocks_bidirectional=both_ways)
+    for caption, kind in zip(captions, spans, strict=True):
+        mask = np.asarray(kind.mask(length))[0][np.ix_(positions, positions)]
+        mask &= (row["segment_ids"][positions] > 0)[:, None]
         # Palette: 0 hidden, 1 and 2 the visible keys of text and of images, 3 the visible keys that lie ahead.
         colours = mask * (1 + (row["image_ids"][positions] > 0)[None, :]).astype(np.uint8)
         colours[np.triu(mask, 1)] = 3

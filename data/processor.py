@@ -201,8 +201,7 @@ class Processor:
     def _row_shape(self, examples: Sequence[Example]) -> RowShape:
         """The smallest that holds every example."""
         tokens, images, patches = (max(sizes) for sizes in zip(*map(size_of, examples), strict=True))
-        longest = max((len(image.patches) for example in examples for image in example.images), default=0)
-        return RowShape(tokens, images, patches, longest, 0 if self.vision is None else self.vision.patch_dim)
+        return RowShape(tokens, images, patches, 0 if self.vision is None else self.vision.patch_dim)
 
 
 def _is_single(given: Any) -> bool:

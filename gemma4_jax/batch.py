@@ -10,8 +10,8 @@ import jax
 class Batch:
     """Packed rows; one row holds whole documents one after another, and their images likewise.
 
-    Letters: B rows, T tokens, P patches, I images, W patches of the largest image, k = pooling size.
-    A text-only batch has I = P = 0, and one without sounds has None for the three fields about them. Leaves are numpy
+    Letters: B rows, T tokens, P patches, k = pooling size.
+    A text-only batch has P = 0, and one without sounds has None for the three fields about them. Leaves are numpy
     arrays on the host and jax.Arrays on devices. A sounds, F frames of the longest, M mel bins.
 
     Attributes:
@@ -28,8 +28,6 @@ class Batch:
         of an image come in raster order, and so do the patches of a cell.
       patch_positions: [B, P, 2] int32 (x, y) in patches; (-1, -1) is padding.
       patch_image_ids: [B, P] int32, the image of this row a patch belongs to, from 1; 0 is padding.
-      image_patches: [B, I, W] int32: where in the patch buffer the w-th patch of the i-th image lies; -1 is none.
-        Attention may work image by image with it, at cost I * W**2 rather than P**2.
       audio_features: [B, A, F, M] float32, log-mel features of each sound of the row, zero behind its end.
       audio_lengths: [B, A] int32, frames of each sound; 0 is none.
       audio_slots: [B, T] int32: which soft token of the row stands here, -1 is none. Those of sound a begin at
@@ -46,7 +44,6 @@ class Batch:
     patches: jax.Array
     patch_positions: jax.Array
     patch_image_ids: jax.Array
-    image_patches: jax.Array
     audio_features: jax.Array | None = None
     audio_lengths: jax.Array | None = None
     audio_slots: jax.Array | None = None

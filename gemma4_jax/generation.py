@@ -22,7 +22,6 @@ from gemma4_jax.audio.features import num_soft_tokens
 from gemma4_jax.batch import Batch
 from gemma4_jax.errors import InputError
 from gemma4_jax.model import Gemma4
-from gemma4_jax.ops.attention import Sites
 from gemma4_jax.ops.cross_entropy import vocabulary_logits
 from gemma4_jax.sharding import BATCH_AXES
 from gemma4_jax.text.attention import KeyValues, view_tokens
@@ -30,7 +29,7 @@ from gemma4_jax.text.decoder import Cache
 
 _TEXT_FIELDS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "image_ids", "image_slots")
 _PATCH_FIELDS = ("patches", "patch_positions", "patch_image_ids")
-_PADDING = {"image_slots": -1, "audio_slots": -1, "patch_positions": -1, "image_patches": -1}
+_PADDING = {"image_slots": -1, "audio_slots": -1, "patch_positions": -1}
 """Fields of a Batch whose padding is not 0."""
 
 
@@ -210,8 +209,6 @@ def _pad(prompts: Batch, *, rows: int, model: Gemma4) -> Batch:
         assert model.config.vision is not None
         cell = model.config.vision.pooling_size**2
         sizes |= dict.fromkeys(_PATCH_FIELDS, (_round_up(num_patches // cell) * cell,))
-        _, images, longest = arrays["image_patches"].shape
-        sizes["image_patches"] = (1 << (images - 1).bit_length(), _round_up(longest))
     if "audio_features" in arrays:
         _, sounds, frames, _ = arrays["audio_features"].shape
         sizes["audio_features"] = (1 << (sounds - 1).bit_length(), _round_up(frames))
@@ -255,7 +252,6 @@ def _write(
     logits, cache = _prefill(model, prompts, lengths, num_places)
     first = _choose(logits, sampler, jax.random.fold_in(key, 0))
     written = jnp.zeros((len(lengths), num_places), jnp.int32).at[:, 0].set(first)
-    places = jnp.broadcast_to(jnp.arange(cache[0].k.shape[2]), (len(lengths), cache[0].k.shape[2]))
     is_done = (lengths == 0) | jnp.isin(first, stop_tokens)
 
     def goes_on(carry: tuple) -> jax.Array:
@@ -266,9 +262,7 @@ def _write(
         step, written, cache, is_done = carry
         index = (lengths + step - 1)[:, None]  # of the token that was written last
         tokens = jax.lax.dynamic_slice_in_dim(written, step - 1, 1, axis=1)
-        queries = Sites(index, jnp.ones_like(index), jnp.zeros_like(index))
-        keys = Sites(places, (places <= index).astype(jnp.int32), jnp.zeros_like(places))
-        hidden, cache = _advance(model, _text_batch(prompts, tokens, index), queries, keys, cache)
+        hidden, cache = _advance(model, _text_batch(prompts, tokens, index), index, cache)
         chosen = _choose(_logits(model, hidden[:, 0]), sampler, jax.random.fold_in(key, step))
         written = jax.lax.dynamic_update_slice_in_dim(written, chosen[:, None], step, axis=1)
         return step + 1, written, cache, is_done | jnp.isin(chosen, stop_tokens)
@@ -279,19 +273,17 @@ def _write(
 def _prefill(model: Gemma4, prompts: Batch, lengths: jax.Array, num_places: int) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after the last token of every prompt, and the cache with `num_places` free places behind them."""
     B, T = prompts.tokens.shape
-    free = ((0, 0), (0, num_places))
-    index = jnp.broadcast_to(jnp.arange(T + num_places), (B, T + num_places))
-    queries = Sites(index[:, :T], prompts.segment_ids, prompts.image_ids)
-    keys = Sites(index, jnp.pad(prompts.segment_ids, free), jnp.pad(prompts.image_ids, free))
-    hidden, cache = _advance(model, prompts, queries, keys, _empty_cache(model, B, T + num_places))
+    index = jnp.broadcast_to(jnp.arange(T), (B, T))
+    hidden, cache = _advance(model, prompts, index, _empty_cache(model, B, T + num_places))
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     return _logits(model, jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
 
 
-def _advance(model: Gemma4, batch: Batch, queries: Sites, keys: Sites, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Final hidden states [B, T, D] of the tokens of a batch, and the cache with them in it."""
+def _advance(model: Gemma4, batch: Batch, index: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Final hidden states [B, T, D] of the tokens of a batch, and the cache with them in it at `index` [B, T]."""
     x, per_layer = model.embed(batch)
-    view = view_tokens(model.config.text, batch.positions, queries, keys)
+    num_keys = cache[0].k.shape[2]
+    view = view_tokens(model.config.text, batch, model.attention, index=index, num_keys=num_keys)
     hidden, _, extended = model.decoder(x, per_layer, view, cache)
     assert extended is not None
     return hidden, extended

@@ -9,7 +9,7 @@ from gemma4_jax.audio.tower import AudioTower
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.layers import Linear, rms_normalize
-from gemma4_jax.ops.attention import Sites
+from gemma4_jax.ops.attention import AttentionPolicy
 from gemma4_jax.ops.cross_entropy import vocabulary_logits
 from gemma4_jax.ops.gather import invert_rows, move_rows
 from gemma4_jax.sharding import constrain
@@ -18,6 +18,9 @@ from gemma4_jax.text.decoder import Decoder
 from gemma4_jax.text.embedding import Embedder, PerLayerEmbedder
 from gemma4_jax.text.moe import RouterStats
 from gemma4_jax.vision.tower import VisionTower
+
+_ANYWHERE = AttentionPolicy()
+"""Whatever can compute attention on every platform."""
 
 
 class Gemma4(nnx.Module):
@@ -29,6 +32,7 @@ class Gemma4(nnx.Module):
       dtype: compute dtype.
       param_dtype: dtype in which parameters are stored.
       remat: what the stacks keep for the backward pass, a key of `layers.REMAT_POLICIES`.
+      attention: how attention is computed, and on which platform.
     """
 
     def __init__(
@@ -39,8 +43,10 @@ class Gemma4(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
+        attention: AttentionPolicy = _ANYWHERE,
     ):
         self.config = config
+        self.attention = attention
         text, vision, audio = config.text, config.vision, config.audio
         pad = config.tokens.pad
         self.embedder = Embedder(rngs, text, pad=pad, dtype=dtype, param_dtype=param_dtype)
@@ -77,9 +83,9 @@ class Gemma4(nnx.Module):
 
     def hidden(self, batch: Batch) -> tuple[jax.Array, RouterStats | None]:
         """Final hidden states [B, T, D], and router statistics with a leading [L] axis where there are experts."""
-        index = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
-        sites = Sites(index, batch.segment_ids, batch.image_ids)
-        view = view_tokens(self.config.text, batch.positions, sites, sites)
+        length = batch.tokens.shape[1]
+        index = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
+        view = view_tokens(self.config.text, batch, self.attention, index=index, num_keys=length)
         x, per_layer = self.embed(batch)
         hidden, stats, _ = self.decoder(x, per_layer, view)
         return hidden, stats
@@ -101,7 +107,7 @@ class Gemma4(nnx.Module):
     def soft_tokens(self, batch: Batch) -> jax.Array:
         """[B, M, D] soft tokens of every image of every row, in order. Source: spec section 3, "Projection"."""
         assert self.vision is not None
-        pooled = self.vision(batch.patches, batch.patch_positions, batch.image_patches)
+        pooled = self.vision(batch.patches, batch.patch_positions, batch.patch_image_ids, self.attention)
         return self.image_projection(rms_normalize(pooled, self.vision.config.norm_eps).astype(pooled.dtype))
 
     def audio_soft_tokens(self, batch: Batch) -> jax.Array:

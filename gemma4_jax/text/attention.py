@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gemma4_jax.batch import Batch
 from gemma4_jax.config import TextConfig
 from gemma4_jax.layers import Linear, RMSNorm, rms_normalize
-from gemma4_jax.ops.attention import Sites, dot_attention, visible
+from gemma4_jax.ops.attention import AttentionPolicy, Shape, attend, choose
+from gemma4_jax.ops.attention.spans import Spans, text_spans
 from gemma4_jax.rope import rotary_angles, rotary_frequencies, rotate
 from gemma4_jax.sharding import constrain
 
@@ -26,52 +28,55 @@ class LayerView(NamedTuple):
 
     Attributes:
       angles: [B, T, H / 2] rotary angles of the queries.
-      mask: [B, T, S] bool, which keys each query may see.
+      spans: the keys that each query sees.
+      implementation: that computes it, a key of `ops.attention.IMPLEMENTATIONS`.
     """
 
     angles: jax.Array
-    mask: jax.Array
+    spans: Spans
+    implementation: str
 
 
 class AttentionView(NamedTuple):
-    """What attention needs to know about the tokens, for both kinds of layers.
+    """What the layers need to know about the tokens, made once for all of them.
 
     Attributes:
-      queries: sites of the T tokens at hand.
-      sliding_layer, global_layer: rotary angles and mask of each kind of layer.
+      index: [B, T] int32, place of each token among the keys.
+      is_token: [B, T] bool, False on padding.
+      sliding_layer, global_layer: what attention of each kind of layer needs.
     """
 
-    queries: Sites
+    index: jax.Array
+    is_token: jax.Array
     sliding_layer: LayerView
     global_layer: LayerView
 
 
-def view_tokens(config: TextConfig, positions: jax.Array, queries: Sites, keys: Sites) -> AttentionView:
-    """Rotary angles and masks, made once for all layers.
+def view_tokens(
+    config: TextConfig, batch: Batch, policy: AttentionPolicy, *, index: jax.Array, num_keys: int
+) -> AttentionView:
+    """Rotary angles and spans of the tokens of a batch.
 
     Args:
       config: the decoder's architecture.
-      positions: [B, T] int32, place of each token in its document.
-      queries: sites of the T tokens at hand.
-      keys: sites of the S keys: the tokens themselves, or the places of a key-value cache.
+      batch: the tokens at hand.
+      policy: how attention is computed.
+      index: [B, T] int32, place of each token among the keys: in its row, or in a key-value cache.
+      num_keys: S.
     """
+    sliding, causal = text_spans(config, batch.positions, index, batch.image_ids)
 
-    def layer_view(frequencies: np.ndarray, window: int | None, bidirectional: bool) -> LayerView:
-        mask = visible(queries, keys, window=window, image_blocks_bidirectional=bidirectional)
-        return LayerView(rotary_angles(positions, frequencies), mask)
+    def layer_view(spans: Spans, head_dim: int, frequencies: np.ndarray) -> LayerView:
+        shape = Shape(index.shape[1], num_keys, head_dim)
+        return LayerView(rotary_angles(batch.positions, frequencies), spans, choose(policy, shape))
 
+    head_dim, global_head_dim = config.head_dim, config.global_head_dim
+    global_frequencies = rotary_frequencies(global_head_dim, config.global_rope_theta, config.global_rope_fraction)
     return AttentionView(
-        queries,
-        layer_view(
-            rotary_frequencies(config.head_dim, config.rope_theta),
-            config.sliding_window,
-            config.image_blocks_bidirectional,
-        ),
-        layer_view(
-            rotary_frequencies(config.global_head_dim, config.global_rope_theta, config.global_rope_fraction),
-            None,
-            False,
-        ),
+        index,
+        batch.segment_ids > 0,
+        layer_view(sliding, head_dim, rotary_frequencies(head_dim, config.rope_theta)),
+        layer_view(causal, global_head_dim, global_frequencies),
     )
 
 
@@ -110,7 +115,7 @@ class Attention(nnx.Module):
 
         Args:
           x: [B, T, D], normalised.
-          view: rotary angles and masks of the tokens.
+          view: of the tokens.
           shared: keys and values to use if this layer shares them.
           cache: keys and values [B, S, K, H] of earlier calls, into which this call's are written at the queries'
             index (dropped where it is S or more); without it the keys are the tokens themselves.
@@ -126,9 +131,10 @@ class Attention(nnx.Module):
             kv = self._project(x, layer.angles)
             if cache is not None:
                 rows = jnp.arange(x.shape[0])[:, None]
-                index = view.queries.index
-                kv = KeyValues(*(old.at[rows, index].set(new, mode="drop") for old, new in zip(cache, kv, strict=True)))
-        return self.o(dot_attention(q, kv.k, kv.v, layer.mask)), kv
+                kv = KeyValues(
+                    *(old.at[rows, view.index].set(new, mode="drop") for old, new in zip(cache, kv, strict=True))
+                )
+        return self.o(attend(q, kv.k, kv.v, layer.spans, implementation=layer.implementation)), kv
 
     def _project(self, x: jax.Array, angles: jax.Array) -> KeyValues:
         raw_k = self.k(x)

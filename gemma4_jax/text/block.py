@@ -84,7 +84,7 @@ class DecoderLayer(nnx.Module):
         out = self.mlp(self.pre_mlp_norm(x))
         stats = None
         if self.moe is not None:
-            out, stats = self.moe(x, out, view.queries.segment_ids > 0)
+            out, stats = self.moe(x, out, view.is_token)
         x = x + self.post_mlp_norm(out)
         if self.per_layer_input is not None:
             assert per_layer_embedding is not None
@@ -122,7 +122,7 @@ class Block(nnx.Module):
         Args:
           x: [B, T, D] residual stream.
           per_layer_embeddings: [period, B, T, Q] or None.
-          view: rotary angles and masks of the tokens.
+          view: of the tokens.
           shared: keys and values for layers that share them.
           caches: one per layer, or None.
         Returns:

@@ -41,7 +41,7 @@ class Decoder(nnx.Module):
         Args:
           x: [B, T, D] merged embeddings.
           per_layer_embeddings: [L, B, T, Q] or None.
-          view: rotary angles and masks of the tokens.
+          view: of the tokens.
           cache: key-value cache to read and extend, or None.
         Returns:
           (hidden states after the final norm [B, T, D], router statistics with a leading [L] axis or None, the

@@ -1,6 +1,7 @@
 """The vision tower: packed patches of any aspect ratio in, pooled soft tokens out. Source: spec section 3."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ from flax import nnx
 
 from gemma4_jax.config import VisionConfig
 from gemma4_jax.layers import Buffer, GatedMLP, Linear, RMSNorm, normal_param, remat, rms_normalize, stack_modules
-from gemma4_jax.ops.attention import segment_attention
+from gemma4_jax.ops.attention import AttentionPolicy, Shape, attend, choose
+from gemma4_jax.ops.attention.spans import Spans, member_spans
 from gemma4_jax.rope import rotary_angles, rotary_frequencies, rotate_2d
 
 # Where a tower that is trained from nothing starts: patches first, where they are second, what the layers make of
@@ -16,6 +18,20 @@ from gemma4_jax.rope import rotary_angles, rotary_frequencies, rotate_2d
 _PATCH_GAIN = 2.0
 _POSITION_STDDEV = 0.3
 _BRANCH_SCALE = 0.1
+
+
+class PatchView(NamedTuple):
+    """What attention needs to know about the patches, made once for all layers.
+
+    Attributes:
+      angles: rotary angles by x and by y, [B, P, H / 4] each.
+      spans: the patches of its own image, for each patch.
+      implementation: that computes it, a key of `ops.attention.IMPLEMENTATIONS`.
+    """
+
+    angles: tuple[jax.Array, jax.Array]
+    spans: Spans
+    implementation: str
 
 
 class VisionAttention(nnx.Module):
@@ -43,11 +59,12 @@ class VisionAttention(nnx.Module):
         self.q_norm = norm(config.head_dim**-0.5)
         self.k_norm = norm(1.0)
 
-    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], image_patches: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, view: PatchView) -> jax.Array:
+        angles = view.angles
         q = rotate_2d(self.q_norm(self.q(x)), angles)
         k = rotate_2d(self.k_norm(self.k(x)), angles)
         v = rms_normalize(self.v(x), self.eps).astype(x.dtype)
-        return self.o(segment_attention(q, k, v, image_patches))
+        return self.o(attend(q, k, v, view.spans, implementation=view.implementation))
 
 
 class VisionLayer(nnx.Module):
@@ -72,8 +89,8 @@ class VisionLayer(nnx.Module):
         self.pre_mlp_norm = norm()
         self.post_mlp_norm = norm(_BRANCH_SCALE)
 
-    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], image_patches: jax.Array) -> jax.Array:
-        x = x + self.post_attention_norm(self.attention(self.pre_attention_norm(x), angles, image_patches))
+    def __call__(self, x: jax.Array, view: PatchView) -> jax.Array:
+        x = x + self.post_attention_norm(self.attention(self.pre_attention_norm(x), view))
         return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
 
 
@@ -104,24 +121,31 @@ class VisionTower(nnx.Module):
             self.std_bias = Buffer(jnp.zeros(config.embed_dim, param_dtype), axes=("norm",))
             self.std_scale = Buffer(jnp.ones(config.embed_dim, param_dtype), axes=("norm",))
 
-    def __call__(self, patches: jax.Array, positions: jax.Array, image_patches: jax.Array) -> jax.Array:
+    def __call__(
+        self, patches: jax.Array, positions: jax.Array, image_ids: jax.Array, policy: AttentionPolicy
+    ) -> jax.Array:
         """Encodes.
 
         Args:
           patches: [B, P, 3 * patch_size**2] uint8, cell by cell (see Batch).
           positions: [B, P, 2] int32 (x, y); (-1, -1) is padding.
-          image_patches: [B, I, W] int32, places of each image's patches.
+          image_ids: [B, P] int32, the image that each patch belongs to; 0 is padding.
+          policy: how attention is computed.
         Returns:
           [B, M, Dv] soft tokens, M = P / pooling_size**2; zero where there is padding.
         """
         is_patch = positions[..., 0] >= 0
         x = self._embed(patches, positions, is_patch)
         frequencies = rotary_frequencies(self.config.head_dim // 2, self.config.rope_theta)
-        angles = (rotary_angles(positions[..., 0], frequencies), rotary_angles(positions[..., 1], frequencies))
+        view = PatchView(
+            (rotary_angles(positions[..., 0], frequencies), rotary_angles(positions[..., 1], frequencies)),
+            member_spans(image_ids),
+            choose(policy, Shape(x.shape[1], x.shape[1], self.config.head_dim)),
+        )
         graphdef, state = nnx.split(self.layers)
 
         def layer(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, state)(x, angles, image_patches), None
+            return nnx.merge(graphdef, state)(x, view), None
 
         x, _ = jax.lax.scan(remat(layer, self.remat_policy), x, state)
         return self._pool(jnp.where(is_patch[..., None], x, 0))

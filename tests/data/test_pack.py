@@ -9,7 +9,7 @@ from gemma4_jax.data.pack import LOOKAHEAD, MAX_UNUSABLE_RUN, PackIterDataset, R
 from gemma4_jax.data.tokenize import Example, Unreadable
 from gemma4_jax.errors import InputError
 
-SHAPE = RowShape(tokens=50, images=3, patches=80, patches_per_image=40, patch_dim=12)
+SHAPE = RowShape(tokens=50, images=3, patches=80, patch_dim=12)
 
 
 def text_example(length, name="text"):

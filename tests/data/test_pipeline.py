@@ -59,7 +59,6 @@ def test_batches_have_the_shapes_of_the_config(make_iterator):
         "patches": (4, 1120, 48),
         "patch_positions": (4, 1120, 2),
         "patch_image_ids": (4, 1120),
-        "image_patches": (4, 4, 280),
     }
     assert batch.patches.dtype == np.uint8
     assert batch.loss_weights.dtype == np.float32

@@ -10,10 +10,9 @@ from gemma4_jax.data.assemble import assemble
 from gemma4_jax.data.document import Document, Image, Text
 from gemma4_jax.data.images import resize_image
 from gemma4_jax.data.pack import RowShape
-from gemma4_jax.data.preview import attention_mask, preview, preview_html
+from gemma4_jax.data.preview import preview, preview_html
 from gemma4_jax.data.tokenize import DocumentTokenizer
 from gemma4_jax.errors import InputError
-from gemma4_jax.ops.attention import Sites, visible
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
 TALL = PIXELS.transpose(1, 0, 2)
@@ -26,9 +25,7 @@ def batch(tokenizer, model):
         Document((Image(PIXELS), Text("q? ", loss=False), Text("<script>alert('x')</script>\n"), Image(TALL)), "a"),
         Document((Text("plain & simple"),), "b"),
     ]
-    return assemble(
-        [[tokenize(document) for document in documents], []], RowShape(352, 4, 1120, 280, 48), image_token=8
-    )
+    return assemble([[tokenize(document) for document in documents], []], RowShape(352, 4, 1120, 48), image_token=8)
 
 
 def pictures(page):
@@ -64,18 +61,6 @@ def test_text_cannot_write_into_the_page(batch, tokenizer, model):
 def test_rows_stop_at_the_most_that_are_shown(batch, tokenizer, model):
     page = preview_html(iter([batch] * 3), tokenizer, model, max_rows=3)
     assert page.count("<section>") == 3
-
-
-@pytest.mark.parametrize("window", [None, 5, 64])
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_the_masks_are_those_of_the_model(batch, window, bidirectional):
-    row = {name: leaf[0] for name, leaf in vars(batch).items() if leaf is not None}
-    drawn = attention_mask(row, np.arange(352), window=window, image_blocks_bidirectional=bidirectional)
-    sites = Sites(batch.positions[:1], batch.segment_ids[:1], batch.image_ids[:1])
-    expected = np.asarray(visible(sites, sites, window=window, image_blocks_bidirectional=bidirectional))[0]
-    tokens = row["segment_ids"] > 0
-    np.testing.assert_array_equal(drawn[tokens][:, tokens], expected[tokens][:, tokens])
-    assert not drawn[~tokens].any()
 
 
 def test_a_config_is_previewed_into_a_file(make_config, model, tmp_path):

@@ -186,7 +186,6 @@ def batch(rows: Sequence[Sequence[Segments]], config: Gemma4Config, *, length: i
         tokens=length or max(sum(len(document.tokens) for document in row) for row in examples),
         images=max(map(len, images)),
         patches=max(sum(len(image.patches) for image in row) for row in images),
-        patches_per_image=max((len(image.patches) for row in images for image in row), default=0),
         patch_dim=config.vision.patch_dim,
     )
     return add_sounds(assemble(examples, shape, config.tokens.image), examples, config.tokens.audio)
