@@ -1,46 +1,34 @@
 """Packed rows to a `Batch`, and how full it is."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from gemma4_jax.audio.features import num_soft_tokens
-from gemma4_jax.batch import Batch
+from gemma4_jax.audio.features import FRAMES_PER_SOFT_TOKEN, num_frame_places, num_soft_tokens
+from gemma4_jax.batch import Batch, padding
+from gemma4_jax.config import SpecialTokens
 from gemma4_jax.data.images import ImagePatches
 from gemma4_jax.data.pack import RowShape
 from gemma4_jax.data.tokenize import Example
 
 
-def assemble(rows: Sequence[Sequence[Example]], shape: RowShape, image_token: int) -> Batch:
+def assemble(rows: Sequence[Sequence[Example]], shape: RowShape, tokens: SpecialTokens) -> Batch:
     """Writes packed rows into the arrays of a batch.
 
     Args:
       rows: B lists of examples, each of which fits in a row; an empty one makes a row of padding.
       shape: of a row.
-      image_token: id of the placeholder.
+      tokens: ids of the placeholders.
     Returns:
       Batch of numpy arrays.
     """
-    B, T, P = len(rows), shape.tokens, shape.patches
-    arrays: dict[str, Any] = {
-        "tokens": np.zeros((B, T), np.int32),
-        "targets": np.zeros((B, T), np.int32),
-        "loss_weights": np.zeros((B, T), np.float32),
-        "positions": np.zeros((B, T), np.int32),
-        "segment_ids": np.zeros((B, T), np.int32),
-        "image_ids": np.zeros((B, T), np.int32),
-        "image_slots": np.full((B, T), -1, np.int32),
-        "patches": np.zeros((B, P, shape.patch_dim), np.uint8),
-        "patch_positions": np.full((B, P, 2), -1, np.int32),
-        "patch_image_ids": np.zeros((B, P), np.int32),
-    }
+    arrays = padding({"batch": len(rows), **shape.sizes()})
     for b, examples in enumerate(rows):
         row = {name: array[b] for name, array in arrays.items()}
         _write_text(row, examples)
-        _write_images(row, [image for example in examples for image in example.images], image_token)
-    return Batch(**arrays)
+        _write_images(row, [image for example in examples for image in example.images], tokens.image)
+        _write_sounds(row, [sound for example in examples for sound in example.sounds], tokens.audio)
+    return Batch(**arrays)  # type: ignore[arg-type]  # numpy arrays on the host
 
 
 def _write_text(row: dict[str, np.ndarray], examples: Sequence[Example]) -> None:
@@ -69,33 +57,14 @@ def _write_images(row: dict[str, np.ndarray], images: Sequence[ImagePatches], im
         start = stop
 
 
-def add_sounds(batch: Batch, rows: Sequence[Sequence[Example]], audio_token: int) -> Batch:
-    """The batch that was assembled from these rows, with their sounds, each of which gets room for the longest.
-
-    Args:
-      batch: without sounds; it stays as it is if there is nothing to hear.
-      rows: as in `assemble`.
-      audio_token: id of the placeholder.
-    """
-    sounds = [[sound for example in examples for sound in example.sounds] for examples in rows]
-    longest = max((sound for row in sounds for sound in row), key=len, default=())
-    if not len(longest):
-        return batch
-    shape = (len(rows), max(map(len, sounds)))
-    arrays: dict[str, Any] = {
-        "audio_features": np.zeros((*shape, *np.shape(longest)), np.float32),
-        "audio_lengths": np.zeros(shape, np.int32),
-        "audio_slots": np.full(np.shape(batch.tokens), -1, np.int32),
-    }
-    room = num_soft_tokens(len(longest))
-    for b, row in enumerate(sounds):
-        is_soft_token = np.asarray(batch.tokens)[b] == audio_token
-        places = [a * room + np.arange(num_soft_tokens(len(sound))) for a, sound in enumerate(row)]
-        arrays["audio_slots"][b, is_soft_token] = np.concatenate(places) if row else ()
-        for a, sound in enumerate(row):
-            arrays["audio_features"][b, a, : len(sound)] = sound
-            arrays["audio_lengths"][b, a] = len(sound)
-    return dataclasses.replace(batch, **arrays)
+def _write_sounds(row: dict[str, np.ndarray], sounds: Sequence[np.ndarray], audio_token: int) -> None:
+    start, slots = 0, []
+    for number, sound in enumerate(sounds, start=1):
+        row["audio_features"][start : start + len(sound)] = sound
+        row["frame_sound_ids"][start : start + len(sound)] = number
+        slots.append(start // FRAMES_PER_SOFT_TOKEN + np.arange(num_soft_tokens(len(sound))))
+        start += num_frame_places(len(sound))
+    row["audio_slots"][row["tokens"] == audio_token] = np.concatenate(slots) if slots else ()
 
 
 def packing_stats(batch: Batch) -> dict[str, float]:

@@ -43,12 +43,26 @@ class RowShape:
       images: I.
       patches: P, a multiple of the patches of a cell.
       patch_dim: numbers in one patch.
+      frames: F, whole soft tokens.
+      mel_bins: numbers in one frame.
     """
 
     tokens: int
     images: int
     patches: int
     patch_dim: int
+    frames: int = 0
+    mel_bins: int = 0
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes of a row, by the dimensions of `batch.FIELDS`."""
+        return {
+            "length": self.tokens,
+            "patches": self.patches,
+            "patch": self.patch_dim,
+            "frames": self.frames,
+            "mel": self.mel_bins,
+        }
 
     @classmethod
     def from_config(cls, data: Any, model: Gemma4Config) -> "RowShape":

@@ -1,6 +1,7 @@
 """From `config.data` to batches: sources, mixture, shuffle, shards, packing, prefetch."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import grain
@@ -44,17 +45,6 @@ class EvalItem:
     pixels: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class _Assemble:
-    """`assemble` with its last two arguments: an object, because worker processes must be able to pickle it."""
-
-    shape: RowShape
-    image_token: int
-
-    def __call__(self, rows: list[list[Example]]) -> Batch:
-        return assemble(rows, self.shape, self.image_token)
-
-
 def make_train_iterator(
     config: Any, model_config: Gemma4Config, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
@@ -82,7 +72,8 @@ def make_train_iterator(
     shape = RowShape.from_config(data, model_config)
     examples = mix_sources(data, tokenize)[process_index::process_count]
     rows = PackIterDataset(examples.to_iter_dataset(_READ_IN_PLACE), shape)
-    batches = rows.batch(data.batch_size // process_count, batch_fn=_Assemble(shape, tokenizer.tokens.image))
+    write = functools.partial(assemble, shape=shape, tokens=tokenizer.tokens)
+    batches = rows.batch(data.batch_size // process_count, batch_fn=write)
     if data.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain's worker processes read flags of their own, also where nothing has any
             flags.FLAGS.mark_as_parsed()
@@ -169,7 +160,7 @@ def eval_batches(
             for b, row in enumerate(batch_rows if spec == "digits" else ())
             for item in _eval_items(b, row, model_config, tokenizer)
         ]
-        batches.append((assemble(batch_rows, shape, tokenizer.tokens.image), items))
+        batches.append((assemble(batch_rows, shape, tokenizer.tokens), items))
     return batches
 
 

@@ -80,7 +80,7 @@ _LEGEND = (
 
 
 def _row(batch: Batch, b: int) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf)[b] for name, leaf in vars(batch).items() if leaf is not None}
+    return {name: np.asarray(leaf)[b] for name, leaf in vars(batch).items()}
 
 
 def _summary(batches: list[Batch]) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from gemma4_jax.audio.features import SAMPLE_RATE, log_mel, num_soft_tokens
+from gemma4_jax.audio.features import SAMPLE_RATE, log_mel, num_frame_places, num_soft_tokens
 from gemma4_jax.batch import Batch
 from gemma4_jax.chat import ChatTemplate
 from gemma4_jax.config import AudioConfig, VisionConfig
-from gemma4_jax.data.assemble import add_sounds, assemble
+from gemma4_jax.data.assemble import assemble
 from gemma4_jax.data.document import Image
 from gemma4_jax.data.images import ImagePatches
 from gemma4_jax.data.pack import RowShape, size_of
@@ -108,7 +108,7 @@ class Processor:
         if any(np.isin(example.tokens, roles.video).any() for example in examples):
             raise InputError("an input has a place for a video: a processor reads texts, images and sounds.")
         batch_rows = [[example] for example in examples]
-        return add_sounds(assemble(batch_rows, self._row_shape(examples), roles.image), batch_rows, roles.audio)
+        return assemble(batch_rows, self._row_shape(examples), roles)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens by name."""
@@ -201,7 +201,14 @@ class Processor:
     def _row_shape(self, examples: Sequence[Example]) -> RowShape:
         """The smallest that holds every example."""
         tokens, images, patches = (max(sizes) for sizes in zip(*map(size_of, examples), strict=True))
-        return RowShape(tokens, images, patches, 0 if self.vision is None else self.vision.patch_dim)
+        return RowShape(
+            tokens,
+            images,
+            patches,
+            0 if self.vision is None else self.vision.patch_dim,
+            max(sum(num_frame_places(len(sound)) for sound in example.sounds) for example in examples),
+            0 if self.audio is None else self.audio.num_mel_bins,
+        )
 
 
 def _is_single(given: Any) -> bool:

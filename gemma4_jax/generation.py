@@ -18,19 +18,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from gemma4_jax.audio.features import num_soft_tokens
-from gemma4_jax.batch import Batch
+from gemma4_jax.audio.features import FRAMES_PER_SOFT_TOKEN
+from gemma4_jax.batch import Batch, padding, sizes_of
 from gemma4_jax.errors import InputError
 from gemma4_jax.model import Gemma4
 from gemma4_jax.ops.cross_entropy import vocabulary_logits
 from gemma4_jax.sharding import BATCH_AXES
 from gemma4_jax.text.attention import KeyValues, view_tokens
 from gemma4_jax.text.decoder import Cache
-
-_TEXT_FIELDS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "image_ids", "image_slots")
-_PATCH_FIELDS = ("patches", "patch_positions", "patch_image_ids")
-_PADDING = {"image_slots": -1, "audio_slots": -1, "patch_positions": -1}
-"""Fields of a Batch whose padding is not 0."""
 
 
 class PromptProcessor(Protocol):
@@ -195,34 +190,22 @@ def _until_stop(ids: list[int], stop_tokens: Sequence[int]) -> list[int]:
 
 
 def _round_up(size: int) -> int:
-    """The next of the sizes that are compiled: four to a doubling, from 16 on."""
+    """The next of the sizes that are compiled: 0, and from 16 on four to a doubling."""
     step = max(16, 1 << max(0, (size - 1).bit_length() - 3))
     return -(-size // step) * step
 
 
 def _pad(prompts: Batch, *, rows: int, model: Gemma4) -> Batch:
     """The batch with more padding: `rows` rows, and its other sizes rounded up."""
-    arrays = {name: np.asarray(array) for name, array in vars(prompts).items() if array is not None}
-    num_tokens, num_patches = arrays["tokens"].shape[1], arrays["patches"].shape[1]
-    sizes: dict[str, tuple[int, ...]] = dict.fromkeys((*_TEXT_FIELDS, "audio_slots"), (_round_up(num_tokens),))
-    if num_patches:
-        assert model.config.vision is not None
-        cell = model.config.vision.pooling_size**2
-        sizes |= dict.fromkeys(_PATCH_FIELDS, (_round_up(num_patches // cell) * cell,))
-    if "audio_features" in arrays:
-        _, sounds, frames, _ = arrays["audio_features"].shape
-        sizes["audio_features"] = (1 << (sounds - 1).bit_length(), _round_up(frames))
-        sizes["audio_lengths"] = sizes["audio_features"][:1]
-        slots, room, new_room = arrays["audio_slots"], *(num_soft_tokens(n) for n in (frames, _round_up(frames)))
-        arrays["audio_slots"] = np.where(slots < 0, -1, slots // room * new_room + slots % room).astype(np.int32)
-
-    def grow(name: str, array: np.ndarray) -> Any:
-        shape = (rows, *sizes.get(name, ()))
-        shape += array.shape[len(shape) :]
-        extra = [(0, size - old) for size, old in zip(shape, array.shape, strict=True)]
-        return np.pad(array, extra, constant_values=_PADDING.get(name, 0))
-
-    return Batch(**{name: grow(name, array) for name, array in arrays.items()})
+    arrays = {name: np.asarray(array) for name, array in vars(prompts).items()}
+    sizes = sizes_of(arrays)
+    cell = 1 if model.config.vision is None else model.config.vision.pooling_size**2
+    for dim, unit in (("length", 1), ("patches", cell), ("frames", FRAMES_PER_SOFT_TOKEN)):
+        sizes[dim] = _round_up(sizes[dim] // unit) * unit
+    padded = padding(sizes | {"batch": rows})
+    for name, array in arrays.items():
+        padded[name][tuple(map(slice, array.shape))] = array
+    return Batch(**padded)  # type: ignore[arg-type]  # numpy arrays on the host
 
 
 @partial(jax.jit, static_argnames=("graphdef", "num_places"))
@@ -291,12 +274,9 @@ def _advance(model: Gemma4, batch: Batch, index: jax.Array, cache: Cache) -> tup
 
 def _text_batch(prompts: Batch, tokens: jax.Array, positions: jax.Array) -> Batch:
     """One more token [B, 1] of each row, with neither images nor sounds."""
-    ones, zeros = jnp.ones_like(tokens), jnp.zeros_like(tokens)
-    text = dict(zip(_TEXT_FIELDS, (tokens, zeros, zeros, positions, ones, zeros, -ones), strict=True))
-    media: dict[str, Any] = {
-        name: None if array is None or "audio" in name else array[:, :0] for name, array in vars(prompts).items()
-    }
-    return Batch(**media | text)
+    sizes = sizes_of(vars(prompts)) | {"length": 1, "patches": 0, "frames": 0}
+    text = {"tokens": tokens, "positions": positions, "segment_ids": jnp.ones_like(tokens)}
+    return Batch(**jax.tree.map(jnp.asarray, padding(sizes)) | text)
 
 
 def _logits(model: Gemma4, hidden: jax.Array) -> jax.Array:

@@ -98,8 +98,7 @@ class Gemma4(nnx.Module):
         x = self.embedder(tokens)
         if self.vision is not None and batch.patches.shape[1]:
             x = _merge(x, self.soft_tokens(batch), batch.image_slots)
-        if self.audio is not None and batch.audio_features is not None:
-            assert batch.audio_slots is not None
+        if self.audio is not None and batch.audio_features.shape[1]:
             x = _merge(x, self.audio_soft_tokens(batch), batch.audio_slots)
         x = constrain(x, "batch", "length", None)
         return x, None if self.per_layer_embedder is None else self.per_layer_embedder(tokens, x)
@@ -111,15 +110,10 @@ class Gemma4(nnx.Module):
         return self.image_projection(rms_normalize(pooled, self.vision.config.norm_eps).astype(pooled.dtype))
 
     def audio_soft_tokens(self, batch: Batch) -> jax.Array:
-        """[B, A * ceil(F / 4), D] soft tokens of every sound of every row, in order. Source: spec section 4."""
+        """[B, F / 4, D] soft tokens of every sound of every row, where its frames are. Source: spec section 4."""
         assert self.audio is not None
-        assert batch.audio_features is not None
-        assert batch.audio_lengths is not None
-        b, a, *frames_and_bins = batch.audio_features.shape
-        features = batch.audio_features.reshape(b * a, *frames_and_bins)
-        encoded = self.audio(features, batch.audio_lengths.reshape(b * a))
-        soft_tokens = self.audio_projection(rms_normalize(encoded, AUDIO_NORM_EPS).astype(encoded.dtype))
-        return soft_tokens.reshape(b, -1, soft_tokens.shape[-1])
+        encoded = self.audio(batch.audio_features, batch.frame_sound_ids)
+        return self.audio_projection(rms_normalize(encoded, AUDIO_NORM_EPS).astype(encoded.dtype))
 
 
 def _merge(x: jax.Array, soft_tokens: jax.Array, slots: jax.Array) -> jax.Array:

@@ -20,6 +20,8 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": BATCH_AXES,
     "length": "context",
+    "patches": None,
+    "frames": None,
     # parameters
     "embed": "fsdp",
     "vocab": "tensor",

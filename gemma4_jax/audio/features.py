@@ -17,6 +17,9 @@ SAMPLE_RATE = 16_000
 MAX_SAMPLES = 30 * SAMPLE_RATE
 """The longest sound: 30 s, which become 750 soft tokens."""
 
+FRAMES_PER_SOFT_TOKEN = 4
+"""The two strides of the tower."""
+
 _FRAME, _HOP, _FFT = 320, 160, 512
 _MAX_HERTZ = 8000.0
 _FLOOR = 1e-3
@@ -29,7 +32,15 @@ def num_frames(num_samples: int) -> int:
 
 def num_soft_tokens(frames: int) -> int:
     """Soft tokens that the tower makes of a number of frames: each of its two strides halves it, rounded up."""
-    return -(-frames // 4)
+    return -(-frames // FRAMES_PER_SOFT_TOKEN)
+
+
+def num_frame_places(frames: int) -> int:
+    """Places of a sound in a buffer of sounds one after another: whole soft tokens, and two at its end without a frame.
+
+    Each of the two convolutions reads one place before and one behind: there, no sound meets the next.
+    """
+    return FRAMES_PER_SOFT_TOKEN * num_soft_tokens(frames + 2) if frames else 0
 
 
 def log_mel(samples: np.ndarray, num_bins: int) -> np.ndarray:

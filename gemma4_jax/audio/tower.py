@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gemma4_jax.audio.features import FRAMES_PER_SOFT_TOKEN
 from gemma4_jax.config import AudioConfig
 from gemma4_jax.layers import Linear, RMSNorm, constant_param, normal_param, remat, stack_modules
+from gemma4_jax.ops.attention.spans import member_spans
 
 NORM_EPS = 1e-6
 """Epsilon of every norm of the tower."""
@@ -32,7 +34,7 @@ class Subsample(nnx.Module):
         self.scale = constant_param({"norm": channels}, param_dtype)
 
     def __call__(self, x: jax.Array, is_frame: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [S, F, M, channels before] and is_frame [S, F] -> the same of half the extents, rounded up."""
+        """x [B, F, M, channels before] and is_frame [B, F] -> the same of half the extents, rounded up."""
         x = jnp.where(is_frame[:, :, None, None], x, 0)
         x = jax.lax.conv_general_dilated(
             x,
@@ -80,7 +82,7 @@ class AudioAttention(nnx.Module):
         self.per_dim_scale = nnx.Param(jnp.zeros(config.head_dim, param_dtype), axes=("head_dim",))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """x [S, T, A] and mask [S, T / c, c, w] of `_visible`, T whole chunks -> [S, T, A]."""
+        """x [B, T, A] and mask [B, T / c, c, w] of `_visible`, T whole chunks -> [B, T, A]."""
         config = self.config
         q, k, v = (project(x).astype(jnp.float32) for project in (self.q, self.k, self.v))
         per_dim = jax.nn.softplus(self.per_dim_scale[...].astype(jnp.float32))
@@ -93,10 +95,10 @@ class AudioAttention(nnx.Module):
 
         q = q.reshape(len(x), -1, config.attention_chunk_size, *q.shape[2:])
         k, v = _contexts(k, config), _contexts(v, config)
-        logits = jnp.einsum("sicnh,siwnh->sincw", q, k) + jnp.einsum("sicnh,cwnh->sincw", q, relative)
+        logits = jnp.einsum("bicnh,biwnh->bincw", q, k) + jnp.einsum("bicnh,cwnh->bincw", q, relative)
         logits = jnp.tanh(logits / config.attention_logit_softcap) * config.attention_logit_softcap
         weights = jax.nn.softmax(jnp.where(mask[:, :, None], logits, _MASKED), axis=-1)
-        out = jnp.einsum("sincw,siwnh->sicnh", weights, v)
+        out = jnp.einsum("bincw,biwnh->bicnh", weights, v)
         return self.o(out.reshape(*x.shape[:2], *out.shape[3:]).astype(x.dtype))
 
 
@@ -117,14 +119,20 @@ class LightConvolution(nnx.Module):
         self.pre_norm = _norm(config, param_dtype)
         self.norm = _norm(config, param_dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, place: jax.Array) -> jax.Array:
+        """x [B, T, A] and place [B, T] of each in its sound -> [B, T, A]."""
         both = self.start(self.pre_norm(x))
         gated = both[..., 0, :] * jax.nn.sigmoid(both[..., 1, :])
         # A sum of shifted copies: a grouped convolution of one channel a group is slow on every backend.
         kernel = self.kernel[...].astype(gated.dtype).astype(jnp.float32)
         taps, length = len(kernel), x.shape[1]
         padded = jnp.pad(gated, ((0, 0), (taps - 1, 0), (0, 0)))
-        mixed = functools.reduce(jnp.add, (padded[:, tap : tap + length] * kernel[tap, 0] for tap in range(taps)))
+        # What lies farther back than the sound begins is another sound, and counts as silence.
+        heard = (
+            jnp.where(place[..., None] >= taps - 1 - tap, padded[:, tap : tap + length], 0) * kernel[tap, 0]
+            for tap in range(taps)
+        )
+        mixed = functools.reduce(jnp.add, heard)
         mixed = _clamp(mixed.astype(x.dtype), self.config.activation_clip)
         return x + self.end(jax.nn.silu(self.norm(mixed)))
 
@@ -142,11 +150,11 @@ class ConformerLayer(nnx.Module):
         self.post_attention_norm = _norm(config, param_dtype)
         self.final_norm = _norm(config, param_dtype)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, place: jax.Array) -> jax.Array:
         x = self.first_mlp(x)
         attended = self.attention(self.pre_attention_norm(_clamp(x, self.limit)), mask)
         x = x + self.post_attention_norm(_clamp(attended, self.limit))
-        x = self.second_mlp(self.convolution(x))
+        x = self.second_mlp(self.convolution(x, place))
         return self.final_norm(_clamp(x, self.limit))
 
 
@@ -172,28 +180,31 @@ class AudioTower(nnx.Module):
         self.output = Linear(rngs, embed, output, param_dtype=param_dtype)
         self.output_bias = nnx.Param(jnp.zeros(config.output_dim, param_dtype), axes=("norm",))
 
-    def __call__(self, features: jax.Array, lengths: jax.Array) -> jax.Array:
+    def __call__(self, features: jax.Array, sound_ids: jax.Array) -> jax.Array:
         """Encodes.
 
         Args:
-          features: [S, F, M] log-mel features of S sounds; what lies behind the end of a sound is not read.
-          lengths: [S] int32, frames of each sound.
+          features: [B, F, M] log-mel features of sounds one after another, laid out as in a Batch; what belongs to no
+            sound is not read.
+          sound_ids: [B, F] int32, the sound that each frame belongs to; 0 is none.
         Returns:
-          [S, ceil(F / 4), Do]; of a sound of n frames the first ceil(n / 4) are its soft tokens.
+          [B, F / 4, Do]; of a sound of n frames the first ceil(n / 4) are its soft tokens.
         """
-        is_frame = jnp.arange(features.shape[1]) < lengths[:, None]
+        is_frame = sound_ids > 0
         x = features.astype(self.dtype)[..., None]
         for subsample in self.subsample:
             x, is_frame = subsample(x, is_frame)
         x = self.input_projection(x)
         length = x.shape[1]
         rest = -length % self.config.attention_chunk_size
-        x, is_frame = jnp.pad(x, ((0, 0), (0, rest), (0, 0))), jnp.pad(is_frame, ((0, 0), (0, rest)))
-        mask = _visible(is_frame, self.config)
+        x = jnp.pad(x, ((0, 0), (0, rest), (0, 0)))
+        sound_ids = jnp.pad(sound_ids[:, ::FRAMES_PER_SOFT_TOKEN], ((0, 0), (0, rest)))
+        mask = _visible(sound_ids, self.config)
+        place = jnp.arange(length + rest) - member_spans(sound_ids).start
         graphdef, state = nnx.split(self.layers)
 
         def layer(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, state)(x, mask), None
+            return nnx.merge(graphdef, state)(x, mask, place), None
 
         x, _ = jax.lax.scan(remat(layer, self.remat_policy), x, state)
         return self.output(x[:, :length]) + self.output_bias[...].astype(x.dtype)
@@ -220,23 +231,24 @@ def _context(config: AudioConfig) -> tuple[int, int, int]:
 
 
 def _contexts(x: jax.Array, config: AudioConfig) -> jax.Array:
-    """[S, T, ...] -> [S, T / c, w, ...]: what lies around each chunk, zero beyond both ends."""
+    """[B, T, ...] -> [B, T / c, w, ...]: what lies around each chunk, zero beyond both ends."""
     past, chunk, future = _context(config)
     starts = np.arange(0, x.shape[1], chunk)
     padded = jnp.pad(x, ((0, 0), (past, future), *((0, 0),) * (x.ndim - 2)))
     return padded[:, starts[:, None] + np.arange(past + chunk + future)]
 
 
-def _visible(is_frame: jax.Array, config: AudioConfig) -> jax.Array:
-    """Which keys each query may see: [S, T] bool -> [S, T / c, c, w] bool.
+def _visible(sound_ids: jax.Array, config: AudioConfig) -> jax.Array:
+    """Which keys around its chunk each query sees: [B, T] -> [B, T / c, c, w] bool.
 
     A query sees p keys back, itself included, and r - 1 ahead: the window of the reference is one narrower at both
     ends than the context that it gathers.
     """
     past, chunk, future = _context(config)
-    distance = np.arange(chunk)[:, None] + past - np.arange(past + chunk + future)
-    is_near = ((distance >= 0) & (distance < past)) | ((distance < 0) & (-distance < future))
-    return _contexts(is_frame, config)[:, :, None] & is_near
+    spans = member_spans(sound_ids, back=past - 1, ahead=max(future - 1, 0))
+    start, stop = (bound.reshape(len(sound_ids), -1, chunk, 1) for bound in (spans.start, spans.stop))
+    keys = np.arange(0, sound_ids.shape[1], chunk)[:, None, None] + np.arange(-past, chunk + future)
+    return (keys >= start) & (keys < stop)
 
 
 def _relative_positions(config: AudioConfig) -> tuple[np.ndarray, np.ndarray]:

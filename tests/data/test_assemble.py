@@ -32,8 +32,8 @@ def examples(tokenizer, model):
 
 
 @pytest.fixture(scope="module")
-def batch(examples):
-    return assemble([*examples, []], RowShape(352, 4, 1120, 48), image_token=8)
+def batch(examples, tokenizer):
+    return assemble([*examples, []], RowShape(352, 4, 1120, 48), tokenizer.tokens)
 
 
 def test_rows_invert_to_the_documents(batch, examples, rows_of):
@@ -125,6 +125,6 @@ def test_stats_say_how_full_it_is(batch, examples):
 
 def test_text_alone_needs_no_patches(tokenizer):
     example = DocumentTokenizer(tokenizer, None, 70)(Document((Text("x = 1\n"),), "text"))
-    batch = assemble([[example]], RowShape(16, 0, 0, 48), image_token=8)
+    batch = assemble([[example]], RowShape(16, 0, 0, 48), tokenizer.tokens)
     assert batch.patches.shape == (1, 0, 48)
     assert packing_stats(batch)["patch_padding"] == 0

@@ -53,9 +53,11 @@ def first_texts(iterator, tokenizer, num_batches):
 
 def test_batches_have_the_shapes_of_the_config(make_iterator):
     batch = next(make_iterator())
-    shapes = {name: leaf.shape for name, leaf in vars(batch).items() if leaf is not None}
-    text = dict.fromkeys(["tokens", "targets", "loss_weights", "positions", "segment_ids", "image_ids", "image_slots"])
+    shapes = {name: leaf.shape for name, leaf in vars(batch).items()}
+    text = ["tokens", "targets", "loss_weights", "positions", "segment_ids", "image_ids", "image_slots", "audio_slots"]
     assert shapes == dict.fromkeys(text, (4, 352)) | {
+        "audio_features": (4, 0, 0),
+        "frame_sound_ids": (4, 0),
         "patches": (4, 1120, 48),
         "patch_positions": (4, 1120, 2),
         "patch_image_ids": (4, 1120),

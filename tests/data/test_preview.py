@@ -25,7 +25,7 @@ def batch(tokenizer, model):
         Document((Image(PIXELS), Text("q? ", loss=False), Text("<script>alert('x')</script>\n"), Image(TALL)), "a"),
         Document((Text("plain & simple"),), "b"),
     ]
-    return assemble([[tokenize(document) for document in documents], []], RowShape(352, 4, 1120, 48), image_token=8)
+    return assemble([[tokenize(document) for document in documents], []], RowShape(352, 4, 1120, 48), tokenizer.tokens)
 
 
 def pictures(page):

@@ -59,10 +59,8 @@ def in_reference_order(stack: str, ours: np.ndarray, batch: Batch, row: int, doc
     if stack == "decoder":
         return ours[row, is_here]
     if stack == "audio":
-        sounds = ours.reshape(*batch.audio_lengths.shape, *ours.shape[1:])[row]
-        slots, room = batch.audio_slots[row, is_here], -(-batch.audio_features.shape[2] // 4)
-        slots = slots[slots >= 0]
-        return sounds[slots // room, slots % room]
+        slots = batch.audio_slots[row, is_here]
+        return ours[row, slots[slots >= 0]]
     image_ids, positions = batch.patch_image_ids[row], batch.patch_positions[row]
     order = np.lexsort((positions[:, 0], positions[:, 1], image_ids))
     images = np.setdiff1d(batch.image_ids[row, is_here], [0])

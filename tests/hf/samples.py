@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 from gemma4_jax import sizes
-from gemma4_jax.audio.features import num_soft_tokens
+from gemma4_jax.audio.features import num_frame_places, num_soft_tokens
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config, SpecialTokens
-from gemma4_jax.data.assemble import add_sounds, assemble
+from gemma4_jax.data.assemble import assemble
 from gemma4_jax.data.images import ImagePatches, cut_patches
 from gemma4_jax.data.pack import RowShape
 from gemma4_jax.data.tokenize import Example
@@ -182,13 +182,16 @@ def batch(rows: Sequence[Sequence[Segments]], config: Gemma4Config, *, length: i
     assert config.vision is not None
     examples = [[example(document, config) for document in row] for row in rows]
     images = [[image for document in row for image in document.images] for row in examples]
+    sounds = [[sound for document in row for sound in document.sounds] for row in examples]
     shape = RowShape(
         tokens=length or max(sum(len(document.tokens) for document in row) for row in examples),
         images=max(map(len, images)),
         patches=max(sum(len(image.patches) for image in row) for row in images),
         patch_dim=config.vision.patch_dim,
+        frames=max(sum(num_frame_places(len(sound)) for sound in row) for row in sounds),
+        mel_bins=config.audio.num_mel_bins if config.audio else 0,
     )
-    return add_sounds(assemble(examples, shape, config.tokens.image), examples, config.tokens.audio)
+    return assemble(examples, shape, config.tokens)
 
 
 def cases(config: Gemma4Config) -> dict[str, list[Segments]]:

@@ -138,14 +138,13 @@ def test_same_rows_of_a_text_with_images(pictures, tokenizer, their_processor):
 def assert_same_sounds(batch, expected):
     """`expected` has every sound of the batch, those of its first row first."""
     np.testing.assert_array_equal(batch.tokens, np.where(expected["attention_mask"], expected["input_ids"], 0))
-    lengths = batch.audio_lengths[batch.audio_lengths > 0]
-    features = batch.audio_features[batch.audio_lengths > 0]
+    heard = [(row, sound) for row, ids in enumerate(batch.frame_sound_ids) for sound in np.unique(ids[ids > 0])]
     is_frame = np.asarray(expected["input_features_mask"])
-    assert lengths.tolist() == [count for count in is_frame.sum(axis=1) if count]
     theirs = np.asarray(expected["input_features"])[is_frame.any(axis=1)]
-    for length, given, true in zip(lengths, features, theirs, strict=True):
-        np.testing.assert_array_equal(given[:length], true[:length])
-        assert not given[length:].any()
+    for (row, sound), true, is_true in zip(heard, theirs, is_frame[is_frame.any(axis=1)], strict=True):
+        given = batch.audio_features[row, batch.frame_sound_ids[row] == sound]
+        np.testing.assert_array_equal(given, true[is_true])
+    assert not batch.audio_features[batch.frame_sound_ids == 0].any()
 
 
 def test_same_rows_of_texts_with_sounds(tokenizer, their_processor):

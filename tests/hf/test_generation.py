@@ -58,9 +58,11 @@ def test_answers_about_sounds(tmp_path):
         alone = processor(prompt, audios=heard)
         document = {"input_ids": alone.tokens, "attention_mask": alone.segment_ids}
         if heard:
-            lengths = alone.audio_lengths[0]
-            is_frame = np.arange(alone.audio_features.shape[2]) < lengths[:, None]
-            document |= {"input_features": alone.audio_features[0], "input_features_mask": is_frame}
+            is_mine = np.arange(1, len(heard) + 1)[:, None] == alone.frame_sound_ids
+            features = np.zeros((*is_mine.shape, alone.audio_features.shape[2]), np.float32)
+            is_frame = np.arange(is_mine.shape[1]) < is_mine.sum(axis=1, keepdims=True)
+            features[is_frame] = alone.audio_features[0, alone.frame_sound_ids[0] > 0]
+            document |= {"input_features": features, "input_features_mask": is_frame}
         assert row == reference.go_on(theirs, document, NEW_TOKENS)
     texts = gemma4_jax.generate(model, processor, prompts, audios=audios, max_new_tokens=5)
     assert texts[0] == processor.decode(given[0][:5])

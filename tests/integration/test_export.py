@@ -88,7 +88,7 @@ def test_same_logits_from_files_to_logits(config, tokenizer, model, export, thei
     example = DocumentTokenizer(tokenizer, config.vision, MAX_SOFT_TOKENS)(document)
     patches = sum(len(image.patches) for image in example.images)
     shape = RowShape(len(example.tokens), len(example.images), patches, config.vision.patch_dim)
-    rows = jax.tree.map(jnp.asarray, assemble([[example]], shape, config.tokens.image))
+    rows = jax.tree.map(jnp.asarray, assemble([[example]], shape, config.tokens))
     given = np.asarray(samples.logits(model, rows))[0]
 
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(export)

@@ -56,16 +56,18 @@ def text_spans(config: TextConfig, positions: jax.Array, index: jax.Array, image
     return sliding, document_spans(positions, index)
 
 
-def member_spans(ids: jax.Array) -> Spans:
-    """Spans of the members of groups, each of which sees all of its own group.
+def member_spans(ids: jax.Array, *, back: int | None = None, ahead: int | None = None) -> Spans:
+    """Spans of the members of groups, each of which sees its own group.
 
     Args:
       ids: [B, P] int32, the group of each member. The members of a group are neighbours; 0 is padding, which sees
         itself.
+      back, ahead: how far a member sees at most; None is no limit.
     """
     index = jnp.arange(ids.shape[1])
-    back, ahead = (jnp.where(ids > 0, distance, 0) for distance in _runs(ids))
-    return Spans(index - back, index + ahead + 1)
+    first, last = (jnp.where(ids > 0, distance, 0) for distance in _runs(ids))
+    start = index - (first if back is None else jnp.minimum(first, back))
+    return Spans(start, index + (last if ahead is None else jnp.minimum(last, ahead)) + 1)
 
 
 def _runs(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
