@@ -246,7 +246,7 @@ def _write(
         index = (lengths + step - 1)[:, None]  # of the token that was written last
         tokens = jax.lax.dynamic_slice_in_dim(written, step - 1, 1, axis=1)
         hidden, cache = _advance(model, _text_batch(prompts, tokens, index), index, cache)
-        chosen = _choose(_logits(model, hidden[:, 0]), sampler, jax.random.fold_in(key, step))
+        chosen = _choose(vocabulary_logits(hidden[:, 0], model.head), sampler, jax.random.fold_in(key, step))
         written = jax.lax.dynamic_update_slice_in_dim(written, chosen[:, None], step, axis=1)
         return step + 1, written, cache, is_done | jnp.isin(chosen, stop_tokens)
 
@@ -259,7 +259,7 @@ def _prefill(model: Gemma4, prompts: Batch, lengths: jax.Array, num_places: int)
     index = jnp.broadcast_to(jnp.arange(T), (B, T))
     hidden, cache = _advance(model, prompts, index, _empty_cache(model, B, T + num_places))
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    return _logits(model, jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
+    return vocabulary_logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0], model.head), cache
 
 
 def _advance(model: Gemma4, batch: Batch, index: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -277,10 +277,6 @@ def _text_batch(prompts: Batch, tokens: jax.Array, positions: jax.Array) -> Batc
     sizes = sizes_of(vars(prompts)) | {"length": 1, "patches": 0, "frames": 0}
     text = {"tokens": tokens, "positions": positions, "segment_ids": jnp.ones_like(tokens)}
     return Batch(**jax.tree.map(jnp.asarray, padding(sizes)) | text)
-
-
-def _logits(model: Gemma4, hidden: jax.Array) -> jax.Array:
-    return vocabulary_logits(hidden, model.embedding_table[...], cap=model.config.text.final_logit_softcap)
 
 
 def _empty_cache(model: Gemma4, rows: int, places: int) -> Cache:

@@ -10,7 +10,7 @@ from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.layers import Linear, rms_normalize
 from gemma4_jax.ops.attention import AttentionPolicy
-from gemma4_jax.ops.cross_entropy import vocabulary_logits
+from gemma4_jax.ops.cross_entropy import Head, vocabulary_logits
 from gemma4_jax.ops.gather import invert_rows, move_rows
 from gemma4_jax.sharding import constrain
 from gemma4_jax.text.attention import view_tokens
@@ -72,14 +72,14 @@ class Gemma4(nnx.Module):
             )
 
     @property
-    def embedding_table(self) -> nnx.Param:
-        """[V, D], the token embedding and, transposed, the head."""
-        return self.embedder.table
+    def head(self) -> Head:
+        """From hidden states to logits; its table is the token embedding."""
+        return Head(self.embedder.table[...], self.config.text.final_logit_softcap)
 
     def __call__(self, batch: Batch) -> jax.Array:
         """[B, T, V] float32 logits of the next token, soft-capped."""
         hidden, _ = self.hidden(batch)
-        return vocabulary_logits(hidden, self.embedding_table[...], cap=self.config.text.final_logit_softcap)
+        return vocabulary_logits(hidden, self.head)
 
     def hidden(self, batch: Batch) -> tuple[jax.Array, RouterStats | None]:
         """Final hidden states [B, T, D], and router statistics with a leading [L] axis where there are experts."""

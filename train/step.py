@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma4_jax.batch import Batch
-from gemma4_jax.ops.cross_entropy import chunked_cross_entropy, vocabulary_logits
+from gemma4_jax.ops.cross_entropy import likeliest_tokens, token_log_probs
 from gemma4_jax.sharding import BATCH_AXES, batch_sharding
 from gemma4_jax.train.optimizer import make_optimizer, make_schedule, split_trained
 from gemma4_jax.train.state import TrainState, shardings_of
@@ -104,14 +104,8 @@ def make_train_step(graphdef: nnx.GraphDef, state: TrainState, config: Any, mesh
 def _losses(model: Any, batch: Batch, weight_sum: jax.Array, train: Any) -> _Losses:
     """Forward pass of a piece of a batch whose loss weights sum to `weight_sum`."""
     hidden, stats = model.hidden(batch)
-    loss_sum, _ = chunked_cross_entropy(
-        hidden,
-        model.embedding_table[...],
-        batch.targets,
-        batch.loss_weights,
-        cap=model.config.text.final_logit_softcap,
-        chunk=train.loss_chunk,
-    )
+    log_probs = token_log_probs(hidden, model.head, batch.targets, chunk=train.loss_chunk)
+    loss_sum = -jnp.sum(log_probs * batch.loss_weights)
     share = 1 / train.grad_accum_steps
     if stats is None:
         return _Losses(loss_sum / weight_sum, jnp.zeros(()), None)
@@ -131,7 +125,8 @@ def _accumulate(objective: Any, trained: nnx.State, batch: Batch, num_pieces: in
         return gradients(batch)
 
     def cut(x: jax.Array) -> jax.Array:
-        pieces = jnp.swapaxes(x.reshape(-1, num_pieces, *x.shape[1:]), 0, 1)
+        # No -1: what is left out of a batch, such as its images, is an array of size 0.
+        pieces = jnp.swapaxes(x.reshape(x.shape[0] // num_pieces, num_pieces, *x.shape[1:]), 0, 1)
         return jax.lax.with_sharding_constraint(pieces, P(None, BATCH_AXES))
 
     def add(total: Any, piece: Batch) -> tuple[Any, None]:
@@ -163,18 +158,11 @@ def make_eval_step(graphdef: nnx.GraphDef, state: TrainState, config: Any, mesh:
     def eval_step(params: nnx.State, buffers: nnx.State, batch: Batch) -> EvalOutput:
         model = nnx.merge(graphdef, params, buffers)
         hidden, _ = model.hidden(batch)
-        table, cap, chunk = model.embedding_table[...], model.config.text.final_logit_softcap, config.train.loss_chunk
-        loss_sum, weight_sum = chunked_cross_entropy(
-            hidden, table, batch.targets, batch.loss_weights, cap=cap, chunk=chunk
-        )
-
-        def choose(start: jax.Array) -> jax.Array:
-            piece = jax.lax.dynamic_slice_in_dim(hidden, start, chunk, axis=1)
-            return jnp.argmax(vocabulary_logits(piece, table, cap=cap), axis=-1)
-
-        chosen = jax.lax.map(choose, jnp.arange(0, hidden.shape[1], chunk))
-        greedy = jnp.moveaxis(chosen, 0, 1).reshape(batch.tokens.shape)
-        return EvalOutput(loss_sum, weight_sum, greedy)
+        chunk = config.train.loss_chunk
+        log_probs = token_log_probs(hidden, model.head, batch.targets, chunk=chunk)
+        loss_sum = -jnp.sum(log_probs * batch.loss_weights)
+        greedy = likeliest_tokens(hidden, model.head, chunk=chunk)
+        return EvalOutput(loss_sum, jnp.sum(batch.loss_weights), greedy)
 
     shardings = shardings_of(state)
     return jax.jit(

@@ -20,7 +20,7 @@ from gemma4_jax.data.pack import RowShape
 from gemma4_jax.data.tokenize import Example
 from gemma4_jax.hf.names import Tensor, tensors
 from gemma4_jax.model import Gemma4
-from gemma4_jax.ops.cross_entropy import chunked_cross_entropy
+from gemma4_jax.ops.cross_entropy import token_log_probs
 from gemma4_jax.vision.geometry import resized_size
 from tests.hf import sounds
 
@@ -263,11 +263,8 @@ def gradient_function(model: Gemma4) -> Callable[[Batch], tuple[float, dict[str,
         def loss(params: nnx.State) -> jax.Array:
             model = nnx.merge(graphdef, params, rest)
             hidden, _ = model.hidden(rows)
-            table, cap = model.embedding_table[...], model.config.text.final_logit_softcap
-            total, weight = chunked_cross_entropy(
-                hidden, table, rows.targets, rows.loss_weights, cap=cap, chunk=rows.tokens.shape[1]
-            )
-            return total / weight
+            log_probs = token_log_probs(hidden, model.head, rows.targets, chunk=rows.tokens.shape[1])
+            return -jnp.sum(log_probs * rows.loss_weights) / jnp.sum(rows.loss_weights)
 
         return jax.value_and_grad(loss)(params)
 

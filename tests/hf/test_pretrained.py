@@ -42,11 +42,11 @@ def picture():
 def test_a_model_as_it_is_stored(loaded, folder):
     model, processor = loaded
     assert model.config == CONFIG
-    assert model.embedding_table[...].dtype == np.float32
+    assert model.embedder.table[...].dtype == np.float32
     assert processor.max_soft_tokens == 70
     assert processor.stop_tokens == (1, 6)
     half, _ = gemma4_jax.load_hf(folder, dtype="bfloat16")
-    assert half.embedding_table[...].dtype == half.embedder.dtype == jax.numpy.bfloat16
+    assert half.embedder.table[...].dtype == half.embedder.dtype == jax.numpy.bfloat16
 
 
 def test_every_tensor_comes_back_bit_for_bit(loaded, folder, tmp_path):
@@ -103,7 +103,7 @@ def test_logits_on_a_mesh_are_those_of_one_device(loaded, folder):
     batch = processor(["Hello there.", "def main("])
     mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
     spread, _ = gemma4_jax.load_hf(folder, mesh=mesh)
-    assert spread.embedding_table[...].sharding.mesh == mesh
+    assert spread.embedder.table[...].sharding.mesh == mesh
     with jax.set_mesh(mesh):
         given = np.asarray(spread(batch))
     expected = np.asarray(model(batch))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma4_jax.ops.cross_entropy import chunked_cross_entropy, softcap, vocabulary_logits
+from gemma4_jax.ops.cross_entropy import Head, likeliest_tokens, token_log_probs, vocabulary_logits
 
 # float32 sums in another order: the largest measured error is 1.2e-7 of the loss or of a gradient's largest entry.
 TOLERANCE = 1e-6
@@ -31,9 +31,7 @@ def test_value_and_gradient_are_those_of_the_whole(inputs, cap, chunk):
     hidden, table, targets, weights = inputs
 
     def in_chunks(hidden, table, weights):
-        total, weight_sum = chunked_cross_entropy(hidden, table, targets, weights, cap=cap, chunk=chunk)
-        np.testing.assert_allclose(jax.lax.stop_gradient(weight_sum), jnp.sum(inputs[3]), rtol=TOLERANCE)
-        return total
+        return -jnp.sum(token_log_probs(hidden, Head(table, cap), targets, chunk=chunk) * weights)
 
     def at_once(hidden, table, weights):
         return whole(hidden, table, targets, weights, cap)
@@ -46,19 +44,27 @@ def test_value_and_gradient_are_those_of_the_whole(inputs, cap, chunk):
 
 
 def test_the_cap_bounds_logits_and_keeps_small_ones():
-    logits = jnp.array([-1e4, -0.01, 0.0, 0.01, 1e4])
-    np.testing.assert_allclose(softcap(logits, 30.0), [-30, -0.01, 0, 0.01, 30], rtol=1e-6)
-    np.testing.assert_array_equal(softcap(logits, 0.0), logits)
+    table = jnp.array([[-1e4], [-0.01], [0.0], [0.01], [1e4]])
+    capped, plain = (vocabulary_logits(jnp.ones(1), Head(table, cap)) for cap in (30.0, 0.0))
+    np.testing.assert_allclose(capped, [-30, -0.01, 0, 0.01, 30], rtol=1e-6)
+    np.testing.assert_array_equal(plain, table[:, 0])
+
+
+def test_the_likeliest_tokens_are_those_of_all_logits(inputs):
+    hidden, table, _, _ = inputs
+    given = likeliest_tokens(hidden, Head(table, 2.5), chunk=4)
+    np.testing.assert_array_equal(given, np.argmax(hidden @ table.T, axis=-1))
 
 
 def test_logits_are_float32_whatever_goes_in(inputs):
     hidden, table, _, _ = inputs
-    assert vocabulary_logits(hidden.astype(jnp.bfloat16), table, cap=30.0).dtype == jnp.float32
+    assert vocabulary_logits(hidden.astype(jnp.bfloat16), Head(table, 30.0)).dtype == jnp.float32
 
 
 def test_a_chunk_that_does_not_divide_the_row_is_refused(inputs):
+    hidden, table, targets, _ = inputs
     with pytest.raises(ValueError, match="chunk=5 does not divide the 12"):
-        chunked_cross_entropy(*inputs, cap=0.0, chunk=5)
+        token_log_probs(hidden, Head(table, 0.0), targets, chunk=5)
 
 
 def test_the_logits_of_a_whole_row_never_exist(inputs):
@@ -66,7 +72,7 @@ def test_the_logits_of_a_whole_row_never_exist(inputs):
     hidden, table, targets, weights = inputs
 
     def loss(hidden, chunk):
-        return chunked_cross_entropy(hidden, table, targets, weights, cap=30.0, chunk=chunk)[0]
+        return -jnp.sum(token_log_probs(hidden, Head(table, 30.0), targets, chunk=chunk) * weights)
 
     for chunk, exists in ((4, False), (12, True)):
         text = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(hidden, chunk))
