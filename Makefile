@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Of the package, for the tests; `make test-fast EXTRAS=test` does without the reference implementation.
+EXTRAS ?= test,reference
 BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
@@ -12,7 +14,7 @@ METADATA := setup.cfg pyproject.toml
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart preview test test-fast lint format types bench clean
+.PHONY: help quickstart preview test test-fast parity lint format types bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +30,9 @@ test: $(VENV)/.installed-test ## Run every test, with the live comparison agains
 
 test-fast: $(VENV)/.installed-test ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+parity: $(VENV)/.installed-test ## Compare with the reference once more, compiled as users compile
+	$(BIN)/python -m pytest --numprocesses=auto --optimize -m "not slow" tests/hf/test_parity.py tests/hf/test_golden.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and format
 	$(BIN)/ruff check
@@ -59,7 +64,7 @@ $(VENV)/.installed: $(METADATA) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-test: $(METADATA) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[test,reference]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(METADATA) | $(BIN)/python

@@ -1,5 +1,7 @@
 """Every field of a run, with its default. Other configs start from `get_config` and change what they need.
 
+  gemma4 train --config=base:SIZE     # the defaults, with another architecture
+
 This file is also the schema: a config, wherever it comes from, has exactly these fields with values of these types,
 and anything else stops the run before it begins.
 """
@@ -9,6 +11,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from gemma4_jax import sizes
+from gemma4_jax.errors import InputError
 
 
 def get_config(size: str = "quickstart") -> ConfigDict:
@@ -18,16 +21,21 @@ def get_config(size: str = "quickstart") -> ConfigDict:
       size: name of the architecture that `model` starts from, a key of `gemma4_jax.sizes.SIZES`.
     Returns:
       A locked ConfigDict: a field that is not here cannot be added by mistake.
+    Raises:
+      InputError: there is no such size.
     """
+    if size not in sizes.SIZES:
+        raise InputError(f"{size!r} is not a size of the model: there are {', '.join(sizes.SIZES)}.")
     config = ConfigDict()
 
     # What the run is called in its report.
     config.name = "gemma4"
     # Seed of the initial parameters. The order of the data has its own, data.seed.
     config.seed = 0
-    # Where everything the run writes goes. A run started again in the same place resumes from its last checkpoint.
+    # Where everything the run writes goes. A run started again in the same place resumes from its newest checkpoint.
     config.run_dir = "runs/gemma4"
-    # The tokenizer: "bundled" is the small one in this package, anything else the path of a tokenizer.json.
+    # The tokenizer: "bundled" is the small one in this package, anything else the path of a tokenizer.json, which
+    # the run copies into its directory.
     config.tokenizer = "bundled"
 
     config.init = init = ConfigDict()
@@ -74,6 +82,15 @@ def get_config(size: str = "quickstart") -> ConfigDict:
     # Processes that read and pack ahead of the training process; 0 does it in a thread of that process. The order of
     # documents depends on the number.
     data.num_workers = 0
+    # Text longer than a row is split, unless part of it carries no loss: "drop" leaves such a document out, and
+    # "cut_context" shortens it: tokens go from the left of the text before its first learned one, of which the last
+    # segment is the question and stays. Where that is not enough it is left out too.
+    data.long_masked = "drop"
+    # Share of a source's documents that may be left out (unreadable, too large for a row, nothing to learn); above it
+    # the run stops. Looked at from the source's hundredth document on, and at once where it gives nothing at all.
+    data.max_left_out = 0.5
+    # Go on with a run whose data is not what it was: documents may then come again or not at all until the epoch ends.
+    data.allow_changes = False
     # Seed of the order of documents and of everything random in making them.
     data.seed = 0
 
@@ -119,10 +136,14 @@ def get_config(size: str = "quickstart") -> ConfigDict:
     scale.decoder = 1.0
 
     config.checkpoint = checkpoint = ConfigDict()
-    # Steps between checkpoints; the last step is always kept.
+    # Steps between checkpoints, which is as many as a run that is killed repeats at most; the last step is always kept.
+    # A checkpoint is whole before the second step after it begins.
     checkpoint.every_steps = 200
     # Checkpoints to keep; older ones are deleted.
     checkpoint.keep = 2
+    # Keep a checksum of every file of a checkpoint, with which it is verified before it is read; False keeps only the
+    # sizes, where reading terabytes again takes too long.
+    checkpoint.checksums = True
 
     config.eval = evaluation = ConfigDict()
     # The source to evaluate on: one of data.sources, all of it, or "digits" or "python", whose held-out documents are

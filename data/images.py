@@ -7,17 +7,19 @@ import io
 from typing import Any
 
 import numpy as np
+import PIL.features
 import PIL.Image
 import PIL.ImageOps
 
 from gemma4_jax.errors import InputError
 from gemma4_jax.vision.geometry import resized_size
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Image files that are read. Pillow knows more, some of which run other programs."""
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+"""Image files that are read; MPO, the JPEG of several pictures that phones write, is a JPEG. Pillow knows more, some of
+which run other programs."""
 
 MAX_PIXELS = 2**26
-"""A file that claims more pixels than this is refused before it is decoded."""
+"""An image of more pixels than this is refused before it is decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,23 +37,82 @@ class ImagePatches:
     num_soft_tokens: int
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """The pixels of an image file, upright, uint8 [height, width, 3].
+def read_pixels(image: np.ndarray | PIL.Image.Image | bytes) -> np.ndarray:
+    """The pixels of an image as a person sees it on white paper: upright, in colours, nothing of it transparent.
 
+    A file, the Pillow image that it opens as, and the array of its pixels give the same. Of several pictures in a file
+    the first is read; docs/images.md lists what becomes of each kind.
+
+    Args:
+      image: not yet trusted. The bytes of a file in one of `FORMATS`; a Pillow image; or an array: bool or uint16
+        [height, width], or uint8 [height, width] or [height, width, C] with C channels: gray, gray and alpha, RGB, or
+        RGBA.
+    Returns:
+      [height, width, 3] uint8.
     Raises:
-      InputError: if the bytes are not a whole image of one of `FORMATS`, or have more than `MAX_PIXELS` pixels.
+      InputError: it cannot be decoded, has more than `MAX_PIXELS` pixels, or its pixels are in no known range.
+    Source: `convert_to_rgb` of transformers 5.23, but for pixels of 16 bits and more, which it clips.
     """
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+            return image
+        return _rgb(_picture(image))
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise InputError(f"An image of {height} x {width} pixels is refused: at most {MAX_PIXELS} are read.")
-            return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+        if isinstance(image, bytes):
+            with PIL.Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+                return _rgb(opened)
+        return _rgb(image)
     except InputError:
         raise
     except Exception as error:  # decoders meet hostile bytes with exceptions of every kind
-        accepted = ", ".join(FORMATS)
-        raise InputError(f"An image file cannot be decoded ({error}): give a whole file of {accepted}.") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, PIL.UnidentifiedImageError):  # it names an object in memory
+            reason = "it is damaged or of another format"
+        raise InputError(
+            f"an image cannot be decoded ({reason}): give a whole file of {_accepted_formats()}."
+        ) from error
+
+
+def _accepted_formats() -> str:
+    lacking = [name for name in ("WEBP", "AVIF") if not PIL.features.check(name.lower())]
+    accepted = ", ".join(name for name in FORMATS if name not in lacking)
+    return (
+        f"{accepted}; for {' and '.join(lacking)} install a wheel of Pillow, as this build has none"
+        if lacking
+        else accepted
+    )
+
+
+def _picture(pixels: np.ndarray) -> PIL.Image.Image:
+    """An array as Pillow's image of the same pixels."""
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    is_known = pixels.dtype == np.uint8 if pixels.ndim == 3 else pixels.dtype in (np.uint8, np.uint16, np.bool_)
+    if pixels.ndim not in (2, 3) or not 1 <= channels <= 4 or not is_known or not pixels.size:
+        raise InputError(
+            f"an image cannot be {pixels.dtype} {list(pixels.shape)}: give uint8 pixels [height, width, 3], "
+            "[height, width] for gray, or with alpha as the last of 2 or 4 channels."
+        )
+    return PIL.Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels)
+
+
+def _rgb(picture: PIL.Image.Image) -> np.ndarray:
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise InputError(f"an image of {height} x {width} pixels is refused: at most {MAX_PIXELS} are read.")
+    if picture.mode in ("I", "F"):
+        kind = "whole numbers of 32 bits" if picture.mode == "I" else "floats"
+        raise InputError(f"an image of {kind} is refused, as nothing says what is white: store it with 8 or 16 bits.")
+    picture = PIL.ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):
+        gray = np.asarray(picture)
+        # The high byte, as Pillow does with 16 bits of each colour: so gray is the same in every form.
+        levels = (gray >> 8).astype(np.uint8)
+        levels[gray == picture.info.get("transparency", -1)] = 255
+        return np.repeat(levels[..., None], 3, axis=-1)
+    if picture.has_transparency_data:
+        white = PIL.Image.new("RGBA", picture.size, "white")
+        picture = PIL.Image.alpha_composite(white, picture.convert("RGBA"))
+    return np.asarray(picture.convert("RGB"))
 
 
 def resize_image(pixels: np.ndarray, *, patch_size: int, pooling_size: int, max_soft_tokens: int) -> np.ndarray:

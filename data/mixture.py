@@ -3,11 +3,13 @@
 import functools
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import grain
 import numpy as np
 
+from gemma4_jax.data.document import Source
 from gemma4_jax.data.sources import open_source
 from gemma4_jax.data.tokenize import DocumentTokenizer, TokenizedSource
 from gemma4_jax.errors import InputError
@@ -51,14 +53,11 @@ def _shuffled_round(turns: tuple[int, ...], seed: int, number: int) -> tuple[np.
     return sources, ranks
 
 
-def mix_sources(data: Any, tokenize: DocumentTokenizer) -> grain.MapDataset:
-    """The endless sequence that all processes share: by index, an `Example` or `Unreadable`.
-
-    Every source is in a random order, another one in each of its epochs.
+def open_sources(data: Any) -> dict[str, Source]:
+    """Name -> source of all that `data.mixture` draws from.
 
     Args:
       data: `config.data`; mixture, sources and seed are read.
-      tokenize: makes examples of documents.
     Raises:
       InputError: if the mixture is not possible, or a source cannot be read or is empty.
     """
@@ -70,14 +69,26 @@ def mix_sources(data: Any, tokenize: DocumentTokenizer) -> grain.MapDataset:
         )
     if not 0 <= data.seed < 2**32:
         raise InputError(f"data.seed={data.seed} is not possible: it must be between 0 and 2**32 - 1.")
+    return {name: open_source(source_spec(data, name), seed=data.seed) for name in weights}
+
+
+def mix_sources(data: Any, sources: Mapping[str, Source], tokenize: DocumentTokenizer) -> grain.MapDataset:
+    """The endless sequence that all processes share: by index, an `Example` or `Unreadable`.
+
+    Every source is in a random order, another one in each of its epochs.
+
+    Args:
+      data: `config.data`; mixture and seed are read.
+      sources: what `open_sources` opened.
+      tokenize: makes examples of documents.
+    """
     shuffled = []
-    for number, name in enumerate(weights):
-        source = open_source(source_spec(data, name), seed=data.seed)
-        dataset = grain.MapDataset.source(TokenizedSource(source, tokenize))
+    for number, (name, source) in enumerate(sources.items()):
+        dataset = grain.MapDataset.source(TokenizedSource(name, source, tokenize))
         # Grain counts its seed up with the epochs: drawn at random, those of two runs do not meet.
         seed = np.random.default_rng((data.seed, number)).integers(2**32)
         shuffled.append(dataset.shuffle(seed=int(seed)).repeat())
-    return grain.MapDataset.select_from_datasets(shuffled, Turns(list(weights.values()), data.seed))
+    return grain.MapDataset.select_from_datasets(shuffled, Turns([data.mixture[name] for name in sources], data.seed))
 
 
 def source_spec(data: Any, name: str) -> str:

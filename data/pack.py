@@ -4,34 +4,29 @@ Rules:
 - A row takes whole examples while tokens, images and patches last: first the oldest that waits, then again and again
   the longest that fits among the next `LOOKAHEAD`. Nothing waits forever, and the order depends on nothing but the
   order of the examples.
-- Text longer than a row is split into pieces of a row each; the last is as long as it comes.
-- A document with images that does not fit in a row is dropped: to cut it could part a question from its image.
-- Split, dropped and unreadable documents are counted (`COUNTERS`).
+- Plain text longer than a row is split into pieces of a row each; the last is as long as it comes.
+- A longer document with images, or with text that carries no loss, is never cut into pieces, which could part a
+  question from its image or its answer: it is left out, or its context is cut (`fit`).
+- A document of which nothing carries loss is left out.
+- What becomes of documents is counted by source (`tally.COUNTERS`).
 """
 
 import dataclasses
 import itertools
-import logging
+from collections.abc import Sequence
 from typing import Any
 
 import grain
+import numpy as np
 
 from gemma4_jax.config import Gemma4Config
+from gemma4_jax.data.tally import Tally
 from gemma4_jax.data.tokenize import Example, Unreadable
 from gemma4_jax.errors import InputError
 from gemma4_jax.vision.geometry import SOFT_TOKEN_BUDGETS
 
 LOOKAHEAD = 32
 """Examples among which a row chooses."""
-
-MAX_UNUSABLE_RUN = 100
-"""So many unusable documents one after another are taken for a fault of the data as a whole."""
-
-MAX_WARNINGS = 20
-"""Dropped documents, and unreadable ones, that are named in the log; the rest are only counted."""
-
-COUNTERS = ("documents", "images", "split", "dropped", "unreadable")
-"""What an iterator counts: documents and images packed; documents split, dropped, and not readable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,22 +99,6 @@ class RowShape:
         """Whether an example fits in an empty row."""
         return _fits(size_of(example), (self.tokens, self.images, self.patches))
 
-    def split(self, example: Example) -> list[Example]:
-        """The example itself if a row can hold it; else its pieces if it is text; else nothing."""
-        if self.holds(example):
-            return [example]
-        if example.images:
-            return []
-        cuts = range(0, len(example.tokens), self.tokens)
-        return [
-            dataclasses.replace(
-                example,
-                tokens=example.tokens[cut : cut + self.tokens],
-                carries_loss=example.carries_loss[cut : cut + self.tokens],
-            )
-            for cut in cuts
-        ]
-
 
 def size_of(example: Example) -> tuple[int, int, int]:
     """(tokens, images, patches) of an example."""
@@ -128,6 +107,78 @@ def size_of(example: Example) -> tuple[int, int, int]:
 
 def _fits(size: tuple[int, ...], space: tuple[int, ...]) -> bool:
     return all(used <= left for used, left in zip(size, space, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What becomes of documents that cannot be trained on as they are; `config.data` has the same fields.
+
+    Attributes:
+      long_masked: "drop" or "cut_context".
+      max_left_out: share of a source's documents that may be left out.
+      allow_changes: whether documents that are not what they were may be left out of a resumed run.
+    """
+
+    long_masked: str = "drop"
+    max_left_out: float = 0.5
+    allow_changes: bool = False
+
+    @classmethod
+    def from_config(cls, data: Any) -> "Rules":
+        """The rules that `config.data` gives."""
+        return cls(data.long_masked, data.max_left_out, data.allow_changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A document as far as rows can hold it.
+
+    Attributes:
+      pieces: examples that each fit in a row; none if the document is left out.
+      counter: of `tally.COUNTERS`, what became of it; empty for one that is packed whole.
+      reason: why it is left out, one sentence that names it.
+    """
+
+    pieces: tuple[Example, ...]
+    counter: str = ""
+    reason: str = ""
+
+
+def fit(example: Example | Unreadable, shape: RowShape, *, long_masked: str) -> Fit:
+    """Makes a document fit in rows: as it is, in pieces, shortened, or not at all.
+
+    Args:
+      example: a whole document.
+      shape: of a row.
+      long_masked: what becomes of text longer than a row of which a part carries no loss: "drop", or "cut_context":
+        as many tokens as are too many are cut from the left of `Example.context`, if it has so many.
+    """
+    if isinstance(example, Unreadable):
+        return Fit((), "unreadable", example.reason)
+    if not example.carries_loss[1:].any():
+        return Fit((), "nothing_to_learn", f"{example.name}: nothing to learn, for no text in it carries loss.")
+    if shape.holds(example):
+        return Fit((example,))
+    tokens, images, patches = size_of(example)
+    if not images and example.carries_loss[1:].all():
+        pieces = tuple(_take(example, slice(start, start + shape.tokens)) for start in range(0, tokens, shape.tokens))
+        return Fit(pieces, "split")
+    excess, hint = tokens - shape.tokens, "."
+    if not images and long_masked == "cut_context" and excess <= example.context:
+        return Fit((_take(example, np.r_[0, 1 + excess : tokens]),), "shortened")
+    if not images:
+        hint = ", and text of which a part carries no loss is not split; see data.long_masked."
+    return Fit(
+        (),
+        "dropped",
+        f"{example.name}: {tokens} tokens, {images} images and {patches} patches do not fit in a row (data.seq_len="
+        f"{shape.tokens}, data.images_per_row={shape.images}, data.patches_per_row={shape.patches}){hint}",
+    )
+
+
+def _take(example: Example, which: Any) -> Example:
+    """The example with the tokens that `which` indexes."""
+    return dataclasses.replace(example, tokens=example.tokens[which], carries_loss=example.carries_loss[which])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,24 +199,27 @@ class PackIterDataset(grain.IterDataset):
     Args:
       parent: yields `Example` or `Unreadable`.
       shape: of a row.
+      rules: what becomes of documents that do not fit.
     """
 
-    def __init__(self, parent: grain.IterDataset, shape: RowShape) -> None:
+    def __init__(self, parent: grain.IterDataset, shape: RowShape, rules: Rules) -> None:
         super().__init__(parent)
         self._shape = shape
+        self._rules = rules
 
     def __iter__(self) -> "PackIterator":
-        return PackIterator(self._parent.__iter__(), self._shape)
+        return PackIterator(self._parent.__iter__(), self._shape, self._rules)
 
 
 class PackIterator(grain.DatasetIterator):
     """Iterator of `PackIterDataset`."""
 
-    def __init__(self, parent: grain.DatasetIterator, shape: RowShape) -> None:
+    def __init__(self, parent: grain.DatasetIterator, shape: RowShape, rules: Rules) -> None:
         super().__init__(parent)
         self._shape = shape
+        self._rules = rules
         self._waiting: list[_Waiting] = []
-        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._tally = Tally(rules.max_left_out)
 
     def __next__(self) -> list[Example]:
         while len(self._waiting) < LOOKAHEAD and (pieces := self._read_document()):
@@ -181,56 +235,74 @@ class PackIterator(grain.DatasetIterator):
             space = tuple(left - used for left, used in zip(space, waiting.size, strict=True))
             fitting = [i for i, other in enumerate(self._waiting[:LOOKAHEAD]) if _fits(other.size, space)]
             chosen = max(fitting, key=lambda i: self._waiting[i].size[0], default=None)
-            self._counters["documents"] += waiting.piece == 0
-            self._counters["images"] += waiting.size[1]
+            self._tally.add(waiting.example.source, documents=int(waiting.piece == 0), images=waiting.size[1])
         return row
 
     def _read_document(self) -> list[_Waiting]:
         """The pieces of the next usable document; none at the end of the data."""
-        for _ in range(MAX_UNUSABLE_RUN):
+        while True:
             parent_state = self._parent.get_state()
             try:
                 example = next(self._parent)
             except StopIteration:
                 return []
-            if isinstance(example, Unreadable):
-                reason, counter = example.reason, "unreadable"
-            elif pieces := self._shape.split(example):
-                self._counters["split"] += len(pieces) > 1
-                return [_Waiting(piece, size_of(piece), parent_state, i) for i, piece in enumerate(pieces)]
-            else:
-                reason, counter = self._does_not_fit(example), "dropped"
-            self._counters[counter] += 1
-            if self._counters[counter] <= MAX_WARNINGS:
-                logging.warning("Skipped a document: %s", reason)
-        raise InputError(f"{MAX_UNUSABLE_RUN} documents one after another cannot be used; the last: {reason}")
+            fitted = self._fit(example)
+            if not fitted.pieces:
+                self._tally.leave_out(example.source, fitted.counter, fitted.reason)
+                continue
+            self._tally.accept(example.source)
+            if fitted.counter:
+                self._tally.add(example.source, **{fitted.counter: 1})
+            return [_Waiting(piece, size_of(piece), parent_state, i) for i, piece in enumerate(fitted.pieces)]
 
-    def _does_not_fit(self, example: Example) -> str:
-        tokens, images, patches = size_of(example)
-        return (
-            f"{example.name}: {tokens} tokens, {images} images and {patches} patches do not fit in a row "
-            f"(data.seq_len={self._shape.tokens}, data.images_per_row={self._shape.images}, data.patches_per_row="
-            f"{self._shape.patches})."
-        )
+    def _fit(self, example: Example | Unreadable) -> Fit:
+        return fit(example, self._shape, long_masked=self._rules.long_masked)
 
     def get_state(self) -> dict[str, Any]:
+        # A long text waits in thousands of pieces: its state is kept once, with the ranges of those that are left.
+        documents = itertools.groupby(self._waiting, key=lambda waiting: waiting.parent_state)
         return {
             "parent": self._parent.get_state(),
-            "waiting": [{"parent": waiting.parent_state, "piece": waiting.piece} for waiting in self._waiting],
-            "counters": dict(self._counters),
+            "waiting": [
+                {"parent": state, "pieces": _to_ranges([waiting.piece for waiting in pieces])}
+                for state, pieces in documents
+            ],
+            "tally": self._tally.get_state(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
+        self._tally.set_state(state["tally"])
         self._waiting = []
-        for parent_state, entries in itertools.groupby(state["waiting"], key=lambda entry: entry["parent"]):
-            self._parent.set_state(parent_state)
-            example = next(self._parent)
-            pieces = self._shape.split(example) if isinstance(example, Example) else []
-            for piece in (entry["piece"] for entry in entries):
-                if piece >= len(pieces):
-                    raise InputError(
-                        "The data is not what it was when this run was saved: restore it, or start another run."
-                    )
-                self._waiting.append(_Waiting(pieces[piece], size_of(pieces[piece]), parent_state, piece))
+        for entry in state["waiting"]:
+            self._parent.set_state(entry["parent"])
+            self._waiting += self._read_again(entry["parent"], entry["pieces"])
         self._parent.set_state(state["parent"])
-        self._counters = dict(state["counters"])
+
+    def _read_again(self, parent_state: Any, ranges: list[list[int]]) -> list[_Waiting]:
+        """The pieces of a document that waited for their rows when the state was saved."""
+        example = next(self._parent)
+        fitted = self._fit(example)
+        if not fitted.pieces or any(stop > len(fitted.pieces) for _, stop in ranges):
+            reason = fitted.reason or f"{example.name}: it is shorter than it was."
+            if not self._rules.allow_changes:
+                raise InputError(
+                    f"The data is not what it was when this run was saved: a document of {example.source!r} that "
+                    f"waited for its row can no longer be used ({reason.removesuffix('.')}): restore it, or go on "
+                    "without it with data.allow_changes=true."
+                )
+            self._tally.add(example.source, **{fitted.counter or "unreadable": 1})
+            self._tally.name(example.source, reason)
+            return []
+        pieces = (piece for start, stop in ranges for piece in range(start, stop))
+        return [_Waiting(fitted.pieces[i], size_of(fitted.pieces[i]), parent_state, i) for i in pieces]
+
+
+def _to_ranges(numbers: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers as [start, stop) ranges."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1][1] += 1
+        else:
+            ranges.append([number, number + 1])
+    return ranges

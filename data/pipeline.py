@@ -6,16 +6,17 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.data.assemble import assemble
 from gemma4_jax.data.images import join_patches
-from gemma4_jax.data.mixture import mix_sources, source_spec
-from gemma4_jax.data.pack import COUNTERS, PackIterDataset, RowShape
+from gemma4_jax.data.iterator import TrainIterator
+from gemma4_jax.data.mixture import mix_sources, open_sources, source_spec
+from gemma4_jax.data.pack import PackIterDataset, RowShape, Rules
 from gemma4_jax.data.sources import BUNDLED, open_source
 from gemma4_jax.data.tokenize import DocumentTokenizer, Example, TokenizedSource
+from gemma4_jax.data.workers import Prefetch, read_in_workers
 from gemma4_jax.errors import InputError
 from gemma4_jax.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ class EvalItem:
 
 def make_train_iterator(
     config: Any, model_config: Gemma4Config, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
+) -> TrainIterator:
     """The endless training batches of one process.
 
     Documents are drawn from the sources in the proportions of `data.mixture`, each source in a new random order every
@@ -70,15 +71,15 @@ def make_train_iterator(
         raise InputError(f"data.batch_size={data.batch_size} must be a multiple of the {process_count} processes.")
     tokenize = _document_tokenizer(config, model_config, tokenizer)
     shape = RowShape.from_config(data, model_config)
-    examples = mix_sources(data, tokenize)[process_index::process_count]
-    rows = PackIterDataset(examples.to_iter_dataset(_READ_IN_PLACE), shape)
+    sources = open_sources(data)
+    examples = mix_sources(data, sources, tokenize)[process_index::process_count]
+    rows = PackIterDataset(examples.to_iter_dataset(_READ_IN_PLACE), shape, Rules.from_config(data))
     write = functools.partial(assemble, shape=shape, tokens=tokenizer.tokens)
     batches = rows.batch(data.batch_size // process_count, batch_fn=write)
     if data.num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain's worker processes read flags of their own, also where nothing has any
-            flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.num_workers))
-    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCHED_BATCHES))
+        batches = read_in_workers(batches, data.num_workers)
+    fingerprints = {name: source.fingerprint() for name, source in sources.items()}
+    return TrainIterator(Prefetch(iter(batches), PREFETCHED_BATCHES), data.num_workers, fingerprints)
 
 
 def _document_tokenizer(config: Any, model_config: Gemma4Config, tokenizer: Tokenizer) -> DocumentTokenizer:
@@ -93,26 +94,6 @@ def _document_tokenizer(config: Any, model_config: Gemma4Config, tokenizer: Toke
             f"which has {tokenizer.vocab_size} tokens."
         )
     return DocumentTokenizer(tokenizer, model_config.vision, config.data.soft_tokens_per_image)
-
-
-def read_counters(iterator: grain.DatasetIterator) -> dict[str, int]:
-    """What a training iterator has packed, split, dropped and not been able to read (`pack.COUNTERS`).
-
-    It counts up to the last batch taken, from the start of the run: the counts are part of the iterator's state.
-    """
-    counters = dict.fromkeys(COUNTERS, 0)
-
-    def add(state: Any) -> None:
-        if isinstance(state, list):
-            for item in state:
-                add(item)
-        elif isinstance(state, dict):
-            for name, count in state.get("counters", {}).items():
-                counters[name] += count
-            add(list(state.values()))
-
-    add(iterator.get_state())
-    return counters
 
 
 def eval_source(config: Any) -> str | None:
@@ -145,8 +126,9 @@ def eval_batches(
     shape = RowShape.from_config(config.data, model_config)
     spec = source_spec(config.data, source)
     documents = open_source(spec, split="held_out" if spec in BUNDLED else "train")
-    examples = grain.MapDataset.source(TokenizedSource(documents, tokenize))[: config.eval.num_documents]
-    rows = list(PackIterDataset(examples.to_iter_dataset(_READ_IN_PLACE), shape))
+    examples = grain.MapDataset.source(TokenizedSource(source, documents, tokenize))[: config.eval.num_documents]
+    rules = Rules.from_config(config.data)
+    rows = list(PackIterDataset(examples.to_iter_dataset(_READ_IN_PLACE), shape, rules))
     if not rows:
         raise InputError(
             f"None of the eval.num_documents={config.eval.num_documents} documents of {source!r} can be used."

@@ -1,7 +1,8 @@
 """What a run will train on, as one HTML page: packed rows, their images, their attention masks, their padding."""
 
 import html
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +14,7 @@ import PIL.Image
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.data.assemble import packing_stats
+from gemma4_jax.data.figures import counted
 from gemma4_jax.data.images import image_element, join_patches, png_source
 from gemma4_jax.data.pipeline import make_train_iterator
 from gemma4_jax.errors import InputError
@@ -37,16 +39,46 @@ def preview(config: Any, model_config: Gemma4Config, path: str | Path) -> None:
       InputError: if the config, the data or the path are not acceptable.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
-    batches = make_train_iterator(config, model_config, tokenizer)
-    page = preview_html([next(batches)], tokenizer, model_config, PREVIEW_ROWS)
-    batches.close()
+    with _LeftOut() as left_out:
+        batches = make_train_iterator(config, model_config, tokenizer)
+        batch = next(batches)
+        batches.close()
+    page = preview_html([batch], tokenizer, model_config, PREVIEW_ROWS, list(left_out.warnings))
     try:
         write_atomically(Path(path), page)
     except OSError as error:
         raise InputError(f"The page {str(path)!r} cannot be written: {error.strerror}.") from error
 
 
-def preview_html(batches: Iterable[Batch], tokenizer: Tokenizer, model_config: Gemma4Config, max_rows: int) -> str:
+class _LeftOut(logging.Handler):
+    """What this room warns of while batches are made: the documents that are left out. A context manager.
+
+    The packer names them in the log of its own process: with data.num_workers they are in the terminal alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.warnings: dict[str, None] = {}  # in order, and each once: small sources come round
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if Path(record.pathname).parent == Path(__file__).parent:
+            self.warnings[record.getMessage()] = None
+
+    def __enter__(self) -> "_LeftOut":
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
+
+
+def preview_html(
+    batches: Iterable[Batch],
+    tokenizer: Tokenizer,
+    model_config: Gemma4Config,
+    max_rows: int,
+    left_out: Sequence[str] = (),
+) -> str:
     """One self-contained page that shows packed rows.
 
     Args:
@@ -54,6 +86,7 @@ def preview_html(batches: Iterable[Batch], tokenizer: Tokenizer, model_config: G
       tokenizer: that made them.
       model_config: of the model that will read them: its masks are drawn.
       max_rows: rows to show.
+      left_out: one sentence for each document that was left out on the way.
     Returns:
       HTML.
     """
@@ -68,8 +101,16 @@ def preview_html(batches: Iterable[Batch], tokenizer: Tokenizer, model_config: G
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Packed rows</title>"
         f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{_STYLE}</style></head><body>"
-        f"<header><h1>Packed rows</h1>{_summary(seen)}{_LEGEND}</header>{''.join(sections)}</body></html>\n"
+        f"<header><h1>Packed rows</h1>{_summary(seen)}{_LEGEND}{_listed(left_out)}</header>"
+        f"{''.join(sections)}</body></html>\n"
     )
+
+
+def _listed(left_out: Sequence[str]) -> str:
+    if not left_out:
+        return ""
+    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in left_out)
+    return f"<div class='left-out'><b>{counted(len(left_out), 'document')} left out</b><ul>{items}</ul></div>"
 
 
 _LEGEND = (
@@ -88,10 +129,10 @@ def _summary(batches: list[Batch]) -> str:
     rows, tokens = np.sum([batch.tokens.shape[0] for batch in batches]), batches[0].tokens.shape[1]
     weighted = np.mean([np.mean(np.asarray(batch.loss_weights) > 0) for batch in batches])
     figures = {
-        "rows": f"{rows}",
-        "tokens in a row": f"{tokens}",
-        "documents": f"{sum(s['documents'] for s in stats)}",
-        "images": f"{sum(s['images'] for s in stats)}",
+        "rows": f"{rows:,}",
+        "tokens in a row": f"{tokens:,}",
+        "documents": f"{sum(s['documents'] for s in stats):,}",
+        "images": f"{sum(s['images'] for s in stats):,}",
         "tokens that carry loss": f"{weighted:.1%}",
         "token padding": f"{np.mean([s['token_padding'] for s in stats]):.1%}",
         "patch padding": f"{np.mean([s['patch_padding'] for s in stats]):.1%}",
@@ -103,11 +144,12 @@ def _summary(batches: list[Batch]) -> str:
 def _row_section(row: dict[str, np.ndarray], number: int, tokenizer: Tokenizer, config: Gemma4Config) -> str:
     segments = row["segment_ids"]
     padding = f"{np.mean(segments == 0):.1%} padding"
-    title = f"{segments.max()} documents · {row['image_ids'].max()} images · {padding}"
-    documents = "".join(_document(row, segment, tokenizer, config) for segment in range(1, segments.max() + 1))
+    documents, images = counted(int(segments.max()), "document"), counted(int(row["image_ids"].max()), "image")
+    title = f"{documents} · {images} · {padding}"
+    shown = "".join(_document(row, segment, tokenizer, config) for segment in range(1, segments.max() + 1))
     return (
         f"<section><h2>Row {number} <small>{title}</small></h2>{_bar(segments)}"
-        f"<div class='columns'><div class='documents'>{documents}</div>{_masks(row, config)}</div></section>"
+        f"<div class='columns'><div class='documents'>{shown}</div>{_masks(row, config)}</div></section>"
     )
 
 
@@ -117,7 +159,9 @@ def _bar(segments: np.ndarray) -> str:
     for segment, run in groupby(segments):
         length = len(list(run))
         label = f"document {segment}" if segment else "padding"
-        parts.append(f"<i class='{_colour(segment)}' style='flex:{length}' title='{label}: {length} tokens'></i>")
+        parts.append(
+            f"<i class='{_colour(segment)}' style='flex:{length}' title='{label}: {counted(length, 'token')}'></i>"
+        )
     return f"<div class='bar'>{''.join(parts)}</div>"
 
 
@@ -156,7 +200,7 @@ def _image(row: dict[str, np.ndarray], image: int, config: Gemma4Config) -> str:
     mine = row["patch_image_ids"] == image
     pixels = join_patches(row["patches"][mine], row["patch_positions"][mine], patch_size=config.vision.patch_size)
     height, width = pixels.shape[:2]
-    caption = f"{height} x {width}, {np.sum(row['image_ids'] == image)} soft tokens"
+    caption = f"{height} x {width} pixels, {counted(int(np.sum(row['image_ids'] == image)), 'soft token')}"
     return f"<figure>{image_element(pixels, f'image {image}')}<figcaption>{caption}</figcaption></figure>"
 
 

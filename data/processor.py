@@ -23,7 +23,7 @@ from gemma4_jax.errors import InputError
 from gemma4_jax.tokenizer import Tokenizer
 
 ImageInput = np.ndarray | PIL.Image.Image | bytes | str | Path
-"""An image: pixels uint8 [height, width, 3], a Pillow image, the bytes of a file, or the path of one."""
+"""An image: what `data.images.read_pixels` reads, pixels, a Pillow image or the bytes of a file; or a file's path."""
 
 AudioInput = np.ndarray | bytes | str | Path
 """A sound: [n] floats, mono, 16,000 a second, within -1 and 1; the bytes of a WAV file, or the path of one."""
@@ -167,9 +167,13 @@ class Processor:
     ) -> Example:
         """Puts in place of each <|image|> and <|audio|> what stands for the soft tokens of its image or sound."""
         roles = self.tokenizer.tokens
-        for name, token, given in (("images", roles.image, images), ("sounds", roles.audio, audios)):
+        for name, token, given in (("image", roles.image, images), ("audio", roles.audio, audios)):
             if ids.count(token) != len(given):
-                raise InputError(f"an input has {ids.count(token)} places for {name}, and {len(given)} are given.")
+                what = {"image": "images", "audio": "sounds"}[name]
+                raise InputError(
+                    f"an input has {ids.count(token)} places for {what}, and {len(given)} are given: write <|{name}|> "
+                    f'in a text, or {{"type": "{name}"}} in a message, where each of them stands.'
+                )
         patches, sounds = tuple(map(self._patches, images)), tuple(map(self._sound, audios))
         sizes = {
             roles.image: iter([image.num_soft_tokens for image in patches]),
@@ -191,7 +195,7 @@ class Processor:
         return Example(np.array(tokens, np.int32), np.array(mask), patches, "input", sounds)
 
     def _patches(self, image: ImageInput) -> ImagePatches:
-        return image_patches(Image(_content(image)), self.vision, self.max_soft_tokens)
+        return image_patches(_named_image(image), self.vision, self.max_soft_tokens)
 
     def _sound(self, audio: AudioInput) -> np.ndarray:
         if self.audio is None:
@@ -243,26 +247,25 @@ def _inside_or_beside(messages: Any, kind: str, beside: Sequence[Any] | None) ->
     return inside if beside is None else beside
 
 
-def _content(image: ImageInput) -> np.ndarray | bytes:
-    """Pixels, or the bytes of an image file."""
-    if isinstance(image, bytes):
-        return image
+def _named_image(image: ImageInput) -> Image:
+    """As in a document; the path of a file is its name."""
     if isinstance(image, str | Path):
-        return _read("image", image)
-    if isinstance(image, PIL.Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return image
-    what = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        return Image(_read("image", image), name=str(image))
+    if isinstance(image, np.ndarray | PIL.Image.Image | bytes):
+        return Image(image)
     raise InputError(
-        f"an image cannot be {what}: give uint8 pixels [height, width, 3], a Pillow image, or a file's bytes or path."
+        f"an image cannot be {type(image).__name__}: give uint8 pixels [height, width, 3], a Pillow image, or a file's "
+        "bytes or path."
     )
 
 
 def _samples(audio: AudioInput) -> np.ndarray:
     """[n] floats; `log_mel` judges what an array holds."""
     if isinstance(audio, str | Path):
-        audio = _read("sound", audio)
+        try:
+            return decode_wav(_read("sound", audio))
+        except InputError as error:
+            raise InputError(f"{audio}: {error}") from error
     if isinstance(audio, bytes):
         return decode_wav(audio)
     if isinstance(audio, np.ndarray):
@@ -274,7 +277,10 @@ def _samples(audio: AudioInput) -> np.ndarray:
 
 
 def _read(what: str, path: str | Path) -> bytes:
+    if "://" in str(path):
+        raise InputError(f"{what} {path} is a URL, and only files are read: download it first.")
     try:
         return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+    except (OSError, ValueError) as error:  # a ValueError for a zero byte in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{what} {path} cannot be read: {reason.lower()}.") from error

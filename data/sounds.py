@@ -30,5 +30,6 @@ def decode_wav(data: bytes) -> np.ndarray:
     except InputError:
         raise
     except Exception as error:  # hostile bytes end in exceptions of several kinds
-        raise InputError(f"A sound file cannot be decoded ({error}): give a whole WAV file of 16-bit PCM.") from error
+        reason = str(error) or "it ends too early"  # an EOFError says nothing
+        raise InputError(f"A sound file cannot be decoded ({reason}): give a whole WAV file of 16-bit PCM.") from error
     return samples.mean(axis=1, dtype=np.float32) / np.float32(1 << 15)

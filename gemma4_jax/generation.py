@@ -116,15 +116,15 @@ def generate_tokens(
       max_new_tokens: tokens to write at most, for each prompt.
       stop_tokens: ids that end an answer.
       temperature: 0 takes the likeliest token each time; above 0 draws from softmax(logits / temperature).
-      top_k: draw from the k likeliest tokens only, and those as likely as the k-th; 0 is no limit.
-      top_p: of those, from the likeliest that together reach this probability; 1 is no limit.
+      top_k: draw from the k likeliest tokens only, and those as likely as the k-th; 0 is no limit. Needs a temperature.
+      top_p: of those, from the likeliest that together reach this probability; 1 is no limit. Needs a temperature.
       seed: of the draws.
     Returns:
       For each prompt its new ids, ending with a stop token if one was written.
     Raises:
       InputError: a row is not one prompt, or an argument is out of range.
     """
-    _check_arguments(max_new_tokens, temperature, top_k, top_p)
+    _check_arguments(max_new_tokens, temperature, top_k, top_p, seed)
     lengths = _check_prompts(model, prompts, max_new_tokens)
     graphdef, state = nnx.split(model)
     sharding = jax.tree.leaves(state)[0].sharding
@@ -138,7 +138,8 @@ def generate_tokens(
     lengths = np.pad(lengths, (0, len(padded.tokens) - len(lengths)))
     sampler = None
     if temperature:
-        k = top_k or model.config.text.vocab_size
+        vocab_size = model.config.text.vocab_size
+        k = min(top_k or vocab_size, vocab_size)
         sampler = Sampler(jnp.float32(temperature), jnp.int32(k), jnp.float32(1 - top_p))
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         written = _write(
@@ -156,16 +157,23 @@ def generate_tokens(
     return [_until_stop(row.tolist(), stop_tokens) for row in rows]
 
 
-def _check_arguments(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def _check_arguments(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     rules = (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, 0 <= temperature < math.inf, "a finite number of at least 0"),
         ("top_k", top_k, top_k >= 0, "at least 0, where 0 is no limit"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("seed", seed, 0 <= seed < 2**32, "between 0 and 2**32 - 1"),
     )
     for name, value, holds, accepted in rules:
         if not holds:
             raise InputError(f"{name}={value!r} is not possible: it must be {accepted}.")
+    if not temperature and (top_k or top_p < 1):
+        name, value = ("top_k", top_k) if top_k else ("top_p", top_p)
+        raise InputError(
+            f"{name}={value} does nothing at temperature=0, which takes the likeliest token: give a temperature above "
+            "0, such as 1."
+        )
 
 
 def _check_prompts(model: Gemma4, prompts: Batch, max_new_tokens: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,13 +50,17 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The device mesh of a run.
+    """The device mesh of a run, its axes laid along those of the network that joins the devices.
+
+    An axis of the network is split where the mesh asks for it: an axis of 8 on a torus of 4 x 4 x 4 takes one and a
+    half. `jax.make_mesh` refuses that on most TPUs.
 
     Args:
       sizes: mesh axis -> number of devices along it; axes left out are 1, and one may be -1 for the rest.
       devices: devices to use; all by default.
     Raises:
-      InputError: an unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
+      InputError: an unknown axis, more than one -1, sizes that do not multiply to the number of devices, or devices
+        that are not one whole block of a network.
     """
     devices = jax.devices() if devices is None else devices
     for axis, size in sizes.items():
@@ -69,12 +74,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise InputError(f"mesh has {shape.count(-1)} axes of -1: at most one axis may take the rest of the devices.")
     if -1 in shape and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
+    given = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
     if -1 in shape or math.prod(shape) != len(devices):
-        given = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
         raise InputError(
             f"mesh ({given}) does not fit {len(devices)} devices: the product of the mesh axes must be {len(devices)}."
         )
-    return jax.make_mesh(tuple(shape), MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
+    try:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise InputError(
+            f"mesh ({given}) cannot be laid over these {len(devices)} devices of kind {devices[0].device_kind}: "
+            f"they must be all the devices of one slice, without holes."
+        ) from error
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def partition_spec(axes: Sequence[str | None]) -> P:

@@ -9,6 +9,7 @@ import tokenizers
 
 from gemma4_jax.config import SpecialTokens
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import local_path, refuse_lfs_pointer
 
 BUNDLED = "bundled"
 """The name of the tokenizer of 1,024 tokens that is shipped in this package."""
@@ -75,7 +76,11 @@ class Tokenizer:
         """
         self.path = Path(path)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(self.path.read_text("utf-8"))
+            content = self.path.read_bytes()
+            refuse_lfs_pointer(self.path, content)
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except InputError:
+            raise
         except Exception as error:  # the library raises plain Exception for every fault of the file
             raise InputError(f"tokenizer={str(path)!r} cannot be read as a tokenizer.json file: {error}.") from error
         vocab = self._tokenizer.get_vocab()
@@ -102,7 +107,7 @@ class Tokenizer:
         """The tokenizer shipped in this package, for "bundled", or the one in a tokenizer.json or its folder."""
         if name == BUNDLED:
             return cls(str(resources.files("gemma4_jax.data") / "bundled" / "tokenizer.json"))
-        path = Path(name)
+        path = local_path(name)
         return cls(path / "tokenizer.json" if path.is_dir() else path)
 
     def encode(self, text: str) -> list[int]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import LOCAL, is_remote
 from gemma4_jax.vision.geometry import SOFT_TOKEN_BUDGETS
 
 OPTIONAL_SECTIONS = ("model.vision", "model.audio")
@@ -37,20 +38,27 @@ def _one_of(*values: Any) -> Range:
 _SEED = Range(lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1")
 _POSITIVE = Range(lambda value: value > 0, "greater than 0")
 _FRACTION = Range(lambda value: 0 <= value <= 1, "between 0 and 1")
-_DECAY = Range(lambda value: 0 <= value < 1, "at least 0 and less than 1")
+_BELOW_ONE = Range(lambda value: 0 <= value < 1, "at least 0 and less than 1")
 _NOT_EMPTY = Range(lambda value: bool(value.strip()), "a name, not empty")
+_NO_ADDRESS = Range(lambda value: not is_remote(value), LOCAL)
+_PATH = Range(lambda value: bool(value.strip()) and not is_remote(value), LOCAL)
 
 RANGES: dict[str, Range] = {
     "name": _NOT_EMPTY,
     "seed": _SEED,
-    "run_dir": _NOT_EMPTY,
-    "tokenizer": _NOT_EMPTY,
+    "run_dir": _PATH,
+    "tokenizer": _PATH,
+    "init.from_hf": _NO_ADDRESS,
+    "init.from_run": _NO_ADDRESS,
+    "export.dir": _NO_ADDRESS,
     "data.seq_len": _at_least(2),
     "data.images_per_row": _at_least(0),
     "data.patches_per_row": _at_least(0),
     "data.soft_tokens_per_image": _one_of(*SOFT_TOKEN_BUDGETS),
     "data.batch_size": _at_least(1),
     "data.num_workers": _at_least(0),
+    "data.long_masked": _one_of("drop", "cut_context"),
+    "data.max_left_out": _BELOW_ONE,
     "data.seed": _SEED,
     "train.num_steps": _at_least(1),
     "train.grad_accum_steps": _at_least(1),
@@ -61,8 +69,8 @@ RANGES: dict[str, Range] = {
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _at_least(0),
     "optimizer.final_learning_rate_fraction": _FRACTION,
-    "optimizer.b1": _DECAY,
-    "optimizer.b2": _DECAY,
+    "optimizer.b1": _BELOW_ONE,
+    "optimizer.b2": _BELOW_ONE,
     "optimizer.eps": _POSITIVE,
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _POSITIVE,
@@ -129,6 +137,14 @@ def check_structure(given: Mapping[str, Any], schema: Mapping[str, Any], prefix:
 
 def unknown_field(path: str, value: str, known: Iterable[str]) -> InputError:
     """The error about a field that does not exist; `value` is "=" and what it was given, or empty."""
+    section, _, name = path.rpartition(".")
+    if section in FREE_SECTIONS:
+        given = value.removeprefix("=")
+        entry = repr(given) if isinstance(FREE_SECTIONS[section], str) else given or "1.0"
+        return InputError(
+            f"{path}{value} is not possible: {section} has no {name!r} to change, so give all of it, "
+            f'--config.{section}="{{{name!r}: {entry}}}".'
+        )
     return InputError(f"{path}{value} is not possible: there is no such field, the nearest is {nearest(path, known)}.")
 
 

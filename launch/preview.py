@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from gemma4_jax.files import local_path
 from gemma4_jax.launch import cli, run_config
 
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from gemma4_jax.data.preview import preview
 
-    out = str(command_flags["out"].value)
+    out = str(local_path(str(command_flags["out"].value)))
     preview(config, run_config.model_config(config), out)
     print(f"wrote {out}")
 

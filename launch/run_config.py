@@ -1,10 +1,11 @@
 """From a command line to a checked run config. Nothing here imports jax."""
 
 import ast
+import inspect
 import re
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gemma4_jax import configs
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.configs import base
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import local_path
 from gemma4_jax.launch import checks
 
 
@@ -22,7 +24,8 @@ def from_command_line(arguments: Sequence[str], command_flags: flags.FlagValues 
     """The run config that a command line asks for.
 
     Args:
-      arguments: `--config=FILE_OR_NAME`, any number of `--config.FIELD=VALUE`, and flags of the command.
+      arguments: `--config=FILE_OR_NAME` or `--config=FILE_OR_NAME:ARGUMENT`, any number of `--config.FIELD=VALUE`,
+        and flags of the command.
       command_flags: flags of the command beside the config; parsed in place.
     Returns:
       The locked, checked config.
@@ -34,7 +37,7 @@ def from_command_line(arguments: Sequence[str], command_flags: flags.FlagValues 
     _check_flags(rest, values)
     if not given:
         raise InputError(f"--config is needed: a .py file, or one of the shipped {', '.join(shipped())}.")
-    config = load(find(given))
+    config = load(*find(given))
     _check_overrides(rest, config)
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["gemma4", *rest])
@@ -83,29 +86,36 @@ def shipped_listing() -> str:
     return "\n".join(lines)
 
 
-def find(given: str) -> Path:
-    """The file that `--config=given` means: a path, or the bare name of a shipped config.
+def find(given: str) -> tuple[Path, str | None]:
+    """The file that `--config=given` means, and the argument for its get_config().
 
+    Args:
+      given: a path or the bare name of a shipped config, and behind a colon an argument, if it is to have one.
+    Returns:
+      (the file, the argument or None).
     Raises:
       InputError: there is no such file.
     """
-    if given in shipped():
-        return shipped()[given]
-    path = Path(given)
+    # A path may have colons of its own.
+    match = re.fullmatch(r"(.*?\.py|[^:]*)(?::(.*))?", given, re.DOTALL)
+    name, argument = match.groups() if match else (given, None)
+    if name in shipped():
+        return shipped()[name], argument
+    path = local_path(name)
     if path.suffix != ".py":
-        name = checks.nearest(path.stem, shipped())
+        near = checks.nearest(path.stem, shipped())
         raise InputError(
             f"--config={given} is neither a .py file nor a shipped config: "
-            f"shipped are {', '.join(shipped())}, and the nearest is {name}."
+            f"shipped are {', '.join(shipped())}, and the nearest is {near}."
         )
-    return path
+    return path, argument
 
 
-def load(path: Path) -> ConfigDict:
-    """Runs a config file and calls its get_config().
+def load(path: Path, argument: str | None = None) -> ConfigDict:
+    """Runs a config file and calls its get_config(), with the argument if there is one.
 
     Raises:
-      InputError: the file is missing or unreadable, fails, or gives no ConfigDict.
+      InputError: the file is missing or unreadable, fails, takes no such argument, or gives no ConfigDict.
     """
     try:
         source = path.read_bytes()
@@ -114,10 +124,15 @@ def load(path: Path) -> ConfigDict:
             f"config file {path} cannot be read: {(error.strerror or 'unknown error').lower()}."
         ) from error
     namespace: dict[str, Any] = {"__name__": "run_config_file", "__file__": str(path)}
+    given = () if argument is None else (argument,)
     try:
         exec(compile(source, str(path), "exec"), namespace)
         get_config = namespace.get("get_config")
-        config = get_config() if callable(get_config) else None
+        if callable(get_config):
+            _check_argument(path, get_config, given)
+        config = get_config(*given) if callable(get_config) else None
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(_file_sentence(path, error)) from error
     if not isinstance(config, ConfigDict):
@@ -125,6 +140,19 @@ def load(path: Path) -> ConfigDict:
             f"config file {path} must define a function get_config() that returns an ml_collections ConfigDict."
         )
     return config.lock()
+
+
+def _check_argument(path: Path, get_config: Callable[..., Any], given: tuple[str, ...]) -> None:
+    """Refuses an argument that get_config() does not take, and the lack of one that it needs."""
+    try:
+        inspect.signature(get_config).bind(*given)
+    except TypeError:
+        mistake = (
+            f"takes no argument: leave out :{given[0]} behind its name"
+            if given
+            else f"needs an argument: give it behind a colon, {path.name}:ARGUMENT"
+        )
+        raise InputError(f"config file {path} {mistake}.") from None
 
 
 def _file_sentence(path: Path, error: Exception) -> str:

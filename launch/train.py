@@ -7,6 +7,7 @@ finished one is left as it is, and its export too.
   gemma4 train --config=quickstart
   gemma4 train --config=quickstart --config.train.num_steps=500 --config.run_dir=runs/short
   gemma4 train --config=my_config.py --config.optimizer.learning_rate=1e-4
+  gemma4 train --config=my_config.py:ARGUMENT        # calls its get_config(ARGUMENT)
   gemma4 train --config=my_config.py --config.init.from_hf=CHECKPOINT --config.tokenizer=CHECKPOINT
 
 Every field, with its default, is in the config `base`.
@@ -14,8 +15,8 @@ Every field, with its default, is in the config `base`.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from gemma4_jax.files import local_path
 from gemma4_jax.launch import checks, cli, run_config
 
 
@@ -34,17 +35,17 @@ def main(arguments: Sequence[str]) -> None:
     RowShape.from_config(config.data, model_config)
     checks.check_batch(config, make_mesh(config.mesh.to_dict()).shape)
 
-    from gemma4_jax.train.checkpoint import latest_step
+    from gemma4_jax.hf.integrity import checkpoint_steps
     from gemma4_jax.train.initialize import check_source
     from gemma4_jax.train.loop import train
 
-    if latest_step(Path(config.run_dir)) is None:  # else the run goes on from there, wherever it once began
+    if not checkpoint_steps(local_path(config.run_dir)):  # else the run goes on from there, wherever it once began
         check_source(config.init, model_config)
     train(config, model_config)
     if config.export.at_end:
         from gemma4_jax.hf.save import export_run
 
-        out_dir = config.export.dir or Path(config.run_dir) / "export"
+        out_dir = config.export.dir or local_path(config.run_dir) / "export"
         if export_run(config.run_dir, out_dir, keeps_newer=True):
             print(f"wrote {out_dir}")
 

@@ -116,9 +116,10 @@ def draws(config, model):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.2, 0, 1.0), (0.2, 0, 0.5), (0.2, 7, 1.0), (0.3, 20, 0.6)]
+    ("temperature", "top_k", "top_p", "num_kept"),
+    [(1.0, 0, 1.0, 160), (0.2, 0, 1.0, 160), (0.2, 0, 0.5, 57), (0.2, 7, 1.0, 7), (0.3, 20, 0.6, 12)],
 )
-def test_frequencies_are_those_of_the_distribution(temperature, top_k, top_p, draws):
+def test_frequencies_are_those_of_the_distribution(temperature, top_k, top_p, num_kept, draws):
     draw, logits = draws
     expected = np.exp(logits / temperature - np.max(logits / temperature))
     expected[np.argsort(-expected)[top_k or len(expected) :]] = 0
@@ -133,7 +134,7 @@ def test_frequencies_are_those_of_the_distribution(temperature, top_k, top_p, dr
     n = np.count_nonzero(expected)
     chi_squared = np.sum((counts - ROWS * expected)[expected > 0] ** 2 / (ROWS * expected[expected > 0]))
     assert chi_squared < (n - 1) + 5 * np.sqrt(2 * (n - 1))
-    assert n == (top_k if top_p == 1 and top_k else n)
+    assert n == num_kept  # counted once by hand, from the sorted probabilities
 
 
 def test_top_k_1_is_greedy(config, model, documents):
@@ -144,6 +145,14 @@ def test_top_k_1_is_greedy(config, model, documents):
 def test_a_tiny_top_p_is_greedy(config, model, documents):
     given = generate_tokens(model, prompts(config, documents), max_new_tokens=20, temperature=1.0, top_p=1e-6, seed=9)
     assert given == GOLDEN["26b_a4b"]
+
+
+def test_a_top_k_beyond_the_vocabulary_is_no_limit(config, model, documents):
+    def draw(top_k: int) -> list[list[int]]:
+        given = prompts(config, documents)
+        return generate_tokens(model, given, max_new_tokens=20, temperature=1.0, top_k=top_k, seed=1)
+
+    assert draw(2**40) == draw(0)
 
 
 def test_the_seed_decides_the_draws(config, model, documents):
@@ -161,6 +170,9 @@ def test_the_seed_decides_the_draws(config, model, documents):
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0 .* above 0 and at most 1"),
+        ({"top_k": 5}, "top_k=5 does nothing at temperature=0, .* give a temperature above 0"),
+        ({"top_p": 0.5}, "top_p=0.5 does nothing at temperature=0"),
+        ({"temperature": 1.0, "seed": 2**70}, "seed=1180591620717411303424 .* between 0 and"),
         ({"max_new_tokens": 500}, r"a prompt of \d+ tokens and max_new_tokens=500 are more than the 512 positions"),
     ],
 )

@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import math
 
 import jax
@@ -104,6 +106,47 @@ def test_a_mesh_has_all_axes_in_order(sizes, shape):
 def test_an_impossible_mesh_is_refused(sizes, message):
     with pytest.raises(InputError, match=message):
         make_mesh(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU v5p as far as the layout of a mesh looks at it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def chips(*sides: int) -> list[Chip]:
+    return [Chip(i, place) for i, place in enumerate(itertools.product(*map(range, sides)))]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slice_sides"),
+    [
+        ({"data": -1, "fsdp": 8}, (4, 4, 4)),
+        ({"fsdp": 8, "expert": 8}, (4, 4, 4)),
+        ({"data": 2, "fsdp": 32, "tensor": 4}, (4, 8, 8)),
+        ({"data": 2, "fsdp": 2, "context": 2, "tensor": 8}, (4, 4, 4)),
+        ({"data": 3, "tensor": 64}, (4, 4, 12)),
+    ],
+)
+def test_a_mesh_splits_the_axes_of_a_slice_where_it_must(sizes, slice_sides):
+    devices = chips(*slice_sides)
+    mesh = make_mesh(sizes, devices)
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(len(devices)))
+    assert all(mesh.shape[axis] == size for axis, size in sizes.items() if size > 0)
+
+
+def test_devices_that_are_no_whole_slice_are_refused():
+    with pytest.raises(InputError, match=r"mesh \(data=7, .*\) cannot be laid over these 7 devices of kind TPU v5p"):
+        make_mesh({"data": -1}, chips(2, 2, 2)[1:])
+    two_slices = [*chips(2, 2, 1), *chips(2, 2, 1)]
+    with pytest.raises(InputError, match=r"all the devices of one slice"):
+        make_mesh({"data": 2, "fsdp": 4}, two_slices)
 
 
 def state_of(**outputs: int) -> nnx.State:

@@ -17,7 +17,8 @@ def line_chart(title: str, series: Mapping[str, Points], *, includes: Sequence[f
 
     Args:
       title: above the chart.
-      series: label -> (step, value) in order of steps; long ones are averaged down to what can be seen.
+      series: label -> (step, value) in order of steps; long ones are averaged down to what can be seen. The horizontal
+        axis goes from 0 to the last step of all.
       includes: values that the vertical axis reaches in any case.
     Returns:
       An <svg> element; empty text where there is nothing to draw.
@@ -27,16 +28,17 @@ def line_chart(title: str, series: Mapping[str, Points], *, includes: Sequence[f
         return ""
     xs = [x for points in drawn.values() for x, _ in points]
     ys = [y for points in drawn.values() for _, y in points] + list(includes)
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    last = max(xs)
+    x_ticks, y_ticks = [tick for tick in ticks(0, last, are_whole=True) if tick <= last], ticks(min(ys), max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        across = x / last
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [_text(_LEFT, 18, title, "start", "title")]
     for tick in y_ticks:
-        _, y = place(x_ticks[0], tick)
+        _, y = place(0, tick)
         parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(_text(_LEFT - 6, y + 4, _number(tick), "end"))
     for tick in x_ticks:
@@ -79,14 +81,20 @@ def heat_map(title: str, rows: Sequence[Sequence[float]], *, row_name: str, colu
     return _svg(_WIDTH, height, parts)
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers, evenly spaced, the first at most `low` and the last at least `high`."""
+def ticks(low: float, high: float, *, are_whole: bool = False) -> list[float]:
+    """Two to seven round numbers, evenly spaced, the first at most `low` and the last at least `high`.
+
+    Args:
+      low, high: what they enclose; where both are the same, the numbers around it, and 0 to 1 around 0.
+      are_whole: whole numbers only.
+    """
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        margin = abs(low) / 2 or 1.0
-        low, high = low - margin, high + margin
-    rough = (high - low) / 4
+        margin = abs(low) / 2
+        low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
+    rough = max((high - low) / 4, 1.0 if are_whole else 0.0)
     magnitude = 10.0 ** math.floor(math.log10(rough))
-    spacing = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough)
+    multiples = (1, 2, 5, 10) if are_whole else (1, 2, 2.5, 5, 10)
+    spacing = next(m * magnitude for m in multiples if m * magnitude >= rough)
     first, last = math.floor(low / spacing), math.ceil(high / spacing)
     return [i * spacing for i in range(first, last + 1)]
 
@@ -107,9 +115,9 @@ def _heat(value: float) -> str:
 def _number(value: float) -> str:
     size = abs(value)
     if size >= 1e6:
-        return f"{value / 1e6:g}M"
+        return f"{value / 1e6:.4g}M"
     if size >= 1e4:
-        return f"{value / 1e3:g}k"
+        return f"{value / 1e3:.4g}k"
     return f"{value:.4g}"
 
 

@@ -5,9 +5,16 @@ RUN_DIR/checkpoints/STEP holds three items:
 - training: step, optimizer state and random key;
 - data: where each process's data iterator stands, after exactly the batches of the first STEP steps.
 
-A checkpoint is written under another name and renamed when it is whole, so one that was interrupted is never seen.
+A checkpoint is written under another name and renamed when it is whole, so one that was interrupted is never seen. The
+last that goes into it are checksums of its files.
 """
 
+import contextlib
+import errno
+import itertools
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +24,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.hf.agreement import led_by_first_process
+from gemma4_jax.hf.integrity import checkpoint_steps, newest_intact, write_checksums
 from gemma4_jax.hf.names import flatten_paths
 from gemma4_jax.hf.parameters import stored_arrays
 from gemma4_jax.layers import Buffer
@@ -26,23 +35,34 @@ MAX_CHUNK_BYTES = 2**28
 """The most of an array that is written, compressed and read in one piece, so that an export needs no more memory."""
 
 
-def latest_step(run_dir: Path) -> int | None:
-    """Step of the latest checkpoint in a run directory; None if there is none."""
-    folder = run_dir / "checkpoints"
-    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
-
-
 class Checkpoints:
     """The checkpoints in a run directory.
 
-    Args:
+    Damaged ones that are newer than the newest intact one are set aside as STEP.damaged, with a warning.
+
+    Args of the constructor:
       run_dir: absolute path.
       keep: how many of the latest to keep.
+      checksums: whether a checkpoint carries checksums of its files, or only their sizes.
+
+    Raises:
+      InputError: there are checkpoints, and none of them is intact.
     """
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(run_dir / "checkpoints", options=options)
+    def __init__(self, run_dir: Path, keep: int, *, checksums: bool = True) -> None:
+        self._folder, self._checksums = run_dir / "checkpoints", checksums
+        self._step_to_save: int | None = None
+        logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
+        with led_by_first_process():
+            if jax.process_index() == 0:
+                _set_damaged_aside(run_dir)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            # In the first process, when all have written everything, and just before the folder gets its name.
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
     def latest_step(self) -> int | None:
@@ -56,13 +76,27 @@ class Checkpoints:
           step: steps taken.
           state: after that step. It may be donated as soon as this returns.
           iterator: which has given exactly the batches of these steps.
+        Raises:
+          InputError: this checkpoint, or the one before it, cannot be written; those that were whole still are.
         """
+        self.wait()  # the step to save is that of one save at a time
+        self._step_to_save = step
         items = ocp.args.Composite(
             model=_in_chunks(_model_dict(state)),
             training=_in_chunks(_training_dict(state)),
             data=grain.checkpoint.CheckpointSave(iterator),
         )
-        self._manager.save(step, args=items)
+        with self._as_one_sentence():
+            self._manager.save(step, args=items)
+
+    def wait(self) -> None:
+        """Returns when the last save is whole.
+
+        Raises:
+          InputError: it failed.
+        """
+        with self._as_one_sentence():
+            self._manager.wait_until_finished()
 
     def restore(self, step: int, abstract: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         """Reads one checkpoint, each array straight to its shards on this run's mesh, whatever mesh it was saved on.
@@ -84,7 +118,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
         except InputError:  # the data is not what it was: nothing is wrong with the checkpoint
             raise
-        except (ValueError, KeyError, FileNotFoundError) as error:
+        except Exception as error:  # the library's for files that it did not expect
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"checkpoint {self._manager.directory / str(step)} cannot be restored: {reason}; delete that folder to "
@@ -110,8 +144,59 @@ class Checkpoints:
             )
 
     def close(self) -> None:
-        """Waits until the last save is whole."""
-        self._manager.close()
+        """Waits until the last save is whole, and ends the threads that write.
+
+        Raises:
+          InputError: it failed.
+        """
+        with self._as_one_sentence():
+            self._manager.close()
+
+    def _write_checksums(self) -> None:
+        (folder,) = self._folder.glob(f"{self._step_to_save}{ocp.utils.TMP_DIR_SUFFIX}*")
+        write_checksums(folder, sizes_only=not self._checksums)
+
+    @contextlib.contextmanager
+    def _as_one_sentence(self) -> Iterator[None]:
+        """Around what raises when a save fails, often a while after it began."""
+        try:
+            yield
+        except Exception as error:  # of the library, which lets everything through
+            steps = checkpoint_steps(self._folder.parent)
+            place = f"step {steps[-1]}, the last checkpoint that is whole" if steps else "the beginning"
+            raise InputError(
+                f"checkpoint {self._folder / str(self._step_to_save)} could not be saved ({_reason(error)}): mend that "
+                f"and give the same command again, which goes on from {place}."
+            ) from error
+
+
+def _set_damaged_aside(run_dir: Path) -> None:
+    """Renames what is newer than the newest intact checkpoint, so that its step can be saved again."""
+    steps = checkpoint_steps(run_dir)
+    if not steps:
+        return
+    newest = newest_intact(run_dir)
+    for step in steps:
+        if step > newest:
+            folder = run_dir / "checkpoints" / str(step)
+            aside = folder.with_name(f"{step}.damaged")
+            for number in itertools.count(2):
+                if not aside.exists():
+                    break
+                aside = folder.with_name(f"{step}.damaged.{number}")
+            folder.rename(aside)
+
+
+def _reason(error: Exception) -> str:
+    """Why something could not be written: the system's words where they are in an error of the library."""
+    text = " ".join(str(error).split())
+    known = [words for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if (words := os.strerror(number)) in text]
+    return (known[0] if known else text[:300]).lower()
+
+
+def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    """What Orbax logs of an exception in its threads is raised as well, and is told once, in a sentence."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _in_chunks(item: dict[str, Any]) -> ocp.args.StandardSave:

@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import local_path
+from gemma4_jax.hf.agreement import led_by_first_process
+from gemma4_jax.hf.integrity import newest_intact
 from gemma4_jax.hf.load import Checkpoint, another_model, differing_fields, load_state, write_carried
-from gemma4_jax.hf.names import flatten_paths
+from gemma4_jax.hf.names import abbreviate, flatten_paths, tensors
 from gemma4_jax.hf.parameters import CheckpointParameters
 from gemma4_jax.hf.save import CARRIED
 from gemma4_jax.train.state import TrainState
@@ -35,8 +41,10 @@ def check_source(init: Any, model_config: Gemma4Config) -> None:
         if differing := differing_fields(checkpoint.config, model_config):
             raise another_model(checkpoint.folder, differing)
     if init.from_run:
-        run = Path(init.from_run)
-        CheckpointParameters(run)
+        run = local_path(init.from_run)
+        with led_by_first_process():
+            if jax.process_index() == 0:
+                CheckpointParameters(run)
         given = _architecture(run)
         differing = differing_fields(given, model_config)
         # What a run has of a tower is in its checkpoint, and is restored as a whole.
@@ -60,7 +68,7 @@ def initial_values(init: Any, model_config: Gemma4Config, abstract: TrainState, 
       abstract: from `state.abstract_state`.
       run_dir: of the new run.
     Raises:
-      InputError: as in `check_source`.
+      InputError: as in `check_source`, or a parameter is not made of finite numbers.
     """
     wanted = nnx.merge_state(abstract.params, abstract.buffers)
     if init.from_hf:
@@ -68,13 +76,40 @@ def initial_values(init: Any, model_config: Gemma4Config, abstract: TrainState, 
         values = load_state(checkpoint, wanted, model_config)
         if unused := checkpoint.unused(wanted):
             _carry(partial(write_carried, checkpoint, unused), run_dir)
+        _check_values(values, model_config, f"init.from_hf={init.from_hf!r}")
         return values
     if init.from_run:
-        carried = Path(init.from_run) / CARRIED
+        run = local_path(init.from_run)
+        carried = run / CARRIED
         if carried.exists():
             _carry(partial(shutil.copyfile, carried), run_dir)
-        return _restore(Path(init.from_run), wanted)
+        values = _restore(run, wanted)
+        _check_values(values, model_config, f"init.from_run={init.from_run!r}")
+        return values
     return None
+
+
+def _check_values(values: nnx.State, model_config: Gemma4Config, given: str) -> None:
+    """Names the tensors, as a checkpoint calls them, in which a parameter is infinite or not a number."""
+    # Each shape is compiled once. Buffers may be infinite: bounds of a tower that clips nothing.
+    is_finite = jax.jit(lambda x: jnp.isfinite(x).all())
+    params = flatten_paths(nnx.to_pure_dict(nnx.split_state(values, nnx.Param, ...)[0]))
+    sane = jax.device_get({path: is_finite(value) for path, value in params.items()})
+    if all(sane.values()):
+        return
+    broken = [
+        tensor.name
+        for tensor in tensors(model_config)
+        if tensor.path is not None
+        and not sane.get(tensor.path, True)
+        and not is_finite(params[tensor.path] if tensor.index is None else params[tensor.path][tensor.index])
+    ]
+    named = abbreviate(broken)
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    raise InputError(
+        f"{given} holds values that are infinite or not numbers, in {', '.join(named[:5])}{more}: begin from another "
+        "checkpoint."
+    )
 
 
 def _carry(write: Callable[[Path], Any], run_dir: Path) -> None:
@@ -93,8 +128,8 @@ def _carry(write: Callable[[Path], Any], run_dir: Path) -> None:
 
 
 def _restore(run: Path, wanted: nnx.State) -> nnx.State:
-    """The model of the last checkpoint of a run, on the mesh of this one and in its dtypes."""
-    stored = CheckpointParameters(run)
+    """The model of the newest intact checkpoint of a run, on the mesh of this one and in its dtypes."""
+    stored = CheckpointParameters(run, _newest_intact(run))
     shapes = {path: leaf.shape for path, leaf in flatten_paths(nnx.to_pure_dict(wanted)).items()}
     if differing := sorted(
         path for path in shapes.keys() | stored.shapes.keys() if shapes.get(path) != stored.shapes.get(path)
@@ -103,10 +138,19 @@ def _restore(run: Path, wanted: nnx.State) -> nnx.State:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             nnx.replace_by_pure_dict(wanted, checkpointer.restore(stored.folder, nnx.to_pure_dict(wanted)))
-    except (ValueError, KeyError, OSError) as error:  # what the library meets damaged files with
+    except Exception as error:  # the library's for files that it did not expect
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"checkpoint {stored.folder.parent} cannot be read: {reason}.") from error
     return wanted
+
+
+def _newest_intact(run: Path) -> int:
+    """The step that the first process finds, so that files are verified once and all processes read the same."""
+    step = 0
+    with led_by_first_process():
+        if jax.process_index() == 0:
+            step = newest_intact(run)
+    return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(step)))
 
 
 def _architecture(run: Path) -> Gemma4Config:

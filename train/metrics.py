@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl always, TensorBoard if asked, and the terminal.
+"""What a run measures while it goes on: metrics.jsonl always, TensorBoard if asked.
 
 metrics.jsonl holds one JSON object per line: at every logged step one of training, and at every evaluation one whose
 fields begin with "eval_". A resumed run drops the lines after the step it goes on from, so no step is told twice.
@@ -8,21 +8,23 @@ import collections
 import json
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
 
+from gemma4_jax.errors import InputError
 from gemma4_jax.files import write_atomically
 from gemma4_jax.train.step import StepMetrics
 
 MAX_UNFINISHED_STEPS = 2
 """Steps handed to the devices and not yet finished, at most: the next waits ready while one is worked on."""
+
+
+MEASURED = ("steps", "tokens", "images", "padding_share", "seconds", "step_seconds", "data_wait_seconds")
+"""Fields of a training record that are numbers even where the loss is none."""
 
 
 class Meter:
@@ -84,7 +86,7 @@ class Meter:
             now = time.perf_counter()
             self._finished.append((step, metrics, now - self._mark, data_wait))
             self._mark = now
-            if step % self._every_steps == 0 or step == self._last_step or not metrics.is_finite:
+            if step % self._every_steps == 0 or step == self._last_step or not metrics.is_sane:
                 records.append(self._record())
         return records
 
@@ -109,6 +111,7 @@ class Meter:
         }
         if loads := [m.expert_load for m in metrics if m.expert_load is not None]:
             record["expert_load"] = np.mean(loads, axis=0, dtype=np.float64).round(5).tolist()
+        record["is_sane"] = all(bool(m.is_sane) for m in metrics)
         return record
 
 
@@ -160,72 +163,48 @@ def _is_not_a_number(value: Any) -> bool:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return records
+    """The records of a metrics.jsonl; a last line that was cut off by a crash is left out.
 
-
-class _Rest(ProgressColumn):
-    """Time left, from the step time of the latest record."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"eta {task.fields['eta']}", style="progress.remaining")
-
-
-class Terminal:
-    """A progress bar on a terminal; plain lines everywhere else. A context manager.
-
-    Args:
-      num_steps: of the whole run.
-      step: that the run goes on from.
-      is_shown: False on all but one of the processes of a run.
+    Raises:
+      InputError: it cannot be read, or another line is no record of a run.
     """
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    # What follows the last line break is a line that was never finished.
+    return [_record(path, number, line) for number, line in enumerate(lines[:-1], 1)]
 
-    def __init__(self, num_steps: int, step: int, *, is_shown: bool) -> None:
-        self._num_steps = num_steps
-        self._is_shown = is_shown
-        self._bar: Progress | None = None
-        if is_shown and sys.stdout.isatty():
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), _Rest())
-            self._bar = Progress(*columns)
-            self._task = self._bar.add_task("", total=num_steps, completed=step, eta="-")
 
-    def __enter__(self) -> "Terminal":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def show(self, record: dict[str, Any]) -> None:
-        """Shows a training record."""
-        eta = _clock((self._num_steps - record["step"]) * record["seconds"] / record["steps"])
-        numbers = (
-            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"{record['images_per_second']:,.1f} images/s"
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        fault = "it is not JSON"
+    else:
+        fault = _fault(record)
+    if fault:
+        raise InputError(
+            f"{path} line {number} is not a record of a run ({fault}): mend it, or remove the line or the file, with "
+            "which curves are lost and nothing else."
         )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], description=numbers, eta=eta)
-        elif self._is_shown:
-            print(f"step {record['step']}/{self._num_steps}  {numbers}  eta {eta}", flush=True)
-
-    def say(self, text: str) -> None:
-        """Prints a line above the progress bar."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
-        elif self._is_shown:
-            print(text, flush=True)
+    return record
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def _fault(record: Any) -> str:
+    """What keeps this from being a record that `MetricsLog` wrote; nothing if it is one."""
+    if not isinstance(record, dict):
+        return "it is not an object"
+    if type(record.get("step")) is not int:
+        return "step is not a whole number"
+    for name, value in record.items():
+        is_right = np.ndim(value) == 2 if name == "expert_load" else _is_number(value) or value is None
+        if not is_right:
+            return f"{name} is {value!r:.40}"
+    if "loss" in record and (missing := [name for name in MEASURED if not _is_number(record.get(name))]):
+        return f"{missing[0]} is missing"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

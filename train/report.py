@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma4_jax.data.figures import duration, memory, number
 from gemma4_jax.data.images import image_element
+from gemma4_jax.data.tally import LEFT_OUT
 from gemma4_jax.files import write_atomically
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.charts import heat_map, line_chart
@@ -19,7 +21,10 @@ _MAX_COLUMNS = 120
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #111; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td { padding: 0.1rem 1.2rem 0.1rem 0; } td + td { text-align: right; }
+table { border-collapse: collapse; } td, th { padding: 0.1rem 1.2rem 0.1rem 0; text-align: left; font-weight: 400; }
+td + td, th + th { text-align: right; font-variant-numeric: tabular-nums; } th { color: #555; vertical-align: bottom; }
+.warning { padding: 0.5rem 0.8rem; border-left: 4px solid #dc2626; background: #fef2f2; color: #b91c1c; }
+.data td:last-child, .data th:last-child { text-align: left; } td.many { color: #dc2626; font-weight: 600; }
 svg { margin: 0.4rem 0.6rem 0.4rem 0; max-width: 100%; height: auto; } .title { font-size: 14px; font-weight: 600; }
 .tick { font-size: 11px; fill: #555; } .grid { stroke: #e5e7eb; }
 .samples { display: flex; flex-wrap: wrap; gap: 0.8rem; }
@@ -75,10 +80,13 @@ def write_report(
       readings: sample images to show, with what the model reads in them.
       tokenizer: decodes the readings.
     """
+    sources = summary.get("data", {})
     sections = [
         f"<h1>{html.escape(name)}</h1>",
+        *_warnings(sources),
         _table(summary),
-        "<h2>Curves</h2>",
+        _data_table(sources),
+        "<h2>Curves, by step</h2>",
         *_curves(records),
         *_expert_load(records),
     ]
@@ -86,34 +94,106 @@ def write_report(
         figures = "".join(_figure(reading, tokenizer) for reading in readings)
         sections.append(f'<h2>Held-out images, read by greedy decoding</h2><div class="samples">{figures}</div>')
     head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{_STYLE}</style>'
-    page = f"<!doctype html><html><head>{head}</head><body>{''.join(sections)}</body></html>\n"
+    page = f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(sections)}</body></html>\n"
     write_atomically(run_dir / "report.html", page)
 
 
+_LABELS = {
+    "eval_loss": "held-out loss",
+    "eval_exact_match": "held-out images read exactly",
+    "eval_exact_match_blank_images": "read exactly with the images blanked",
+    "step_seconds_median": "time of a step (median)",
+    "data_wait_share": "waiting for data",
+    "packing_efficiency": "places of a row that hold tokens",
+    "compile_seconds": "compilation",
+    "peak_rss_bytes": "host memory at its peak",
+    "wall_seconds": "time of this start in all",
+    "eval_images": "held-out images",
+}
+"""Figures of the summary whose own name, with spaces, would not be clear."""
+
+_COLUMNS = {
+    "read": "documents read",
+    "documents": "packed",
+    "images": "images",
+    "split": "split over rows",
+    "shortened": "shortened",
+}
+"""What the page calls the counters of documents that were not left out."""
+
+_MANY_LEFT_OUT = 0.1
+"""Share of documents left out from which on the page warns."""
+
+
 def _table(summary: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{_value(value)}</td></tr>" for name, value in summary.items())
+    shown = {name: value for name, value in summary.items() if value is not None and name != "data"}
+    rows = "".join(
+        f"<tr><td>{html.escape(_LABELS.get(name, name.replace('_', ' ')))}</td><td>{_value(name, value)}</td></tr>"
+        for name, value in shown.items()
+    )
     return f"<table>{rows}</table>"
 
 
-def _value(value: Any) -> str:
+def _value(name: str, value: Any) -> str:
+    """A figure with its unit, which its name tells."""
     if isinstance(value, Mapping):
-        return html.escape(", ".join(f"{name} {_value(inner)}" for name, inner in value.items()))
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.4g}" if isinstance(value, float) else html.escape(str(value))
+        return ", ".join(f"{html.escape(str(inner))} {_value(str(inner), value[inner])}" for inner in value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return html.escape(str(value))
+    if "seconds" in name:
+        return duration(value)
+    if name.endswith("bytes"):
+        return memory(value)
+    if name.endswith("loss"):
+        return f"{number(value)} nats per token"
+    if any(part in name for part in ("share", "efficiency", "exact_match")):
+        return f"{value:.1%}"
+    return number(value)
+
+
+def _left_out(counters: Mapping[str, int]) -> tuple[str, float]:
+    """(how many documents were left out for which reason, their share of those read)."""
+    counts = {why: counters[name] for name, why in LEFT_OUT.items() if counters[name]}
+    reasons = ", ".join(f"{count:,} {why}" for why, count in counts.items())
+    return html.escape(reasons), sum(counts.values()) / max(counters["read"], 1)
+
+
+def _warnings(sources: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Of sources of which many documents were left out."""
+    warnings = []
+    for source, counters in sources.items():
+        reasons, share = _left_out(counters)
+        if share >= _MANY_LEFT_OUT:
+            what = f"{share:.0%} of the documents of {html.escape(source)} were left out"
+            warnings.append(f'<p class="warning"><b>{what}</b> ({reasons}): the log names them.</p>')
+    return warnings
+
+
+def _data_table(sources: Mapping[str, Mapping[str, int]]) -> str:
+    heads = "".join(f"<th>{head}</th>" for head in ("source", *_COLUMNS.values(), "left out"))
+    rows = []
+    for source, counters in sources.items():
+        reasons, share = _left_out(counters)
+        cells = "".join(f"<td>{counters[name]:,}</td>" for name in _COLUMNS)
+        kind = ' class="many"' if share >= _MANY_LEFT_OUT else ""
+        left_out = f"{share:.1%}: {reasons}" if reasons else "none"
+        rows.append(f"<tr><td>{html.escape(source)}</td>{cells}<td{kind}>{left_out}</td></tr>")
+    return f"<h2>Training data</h2><table class='data'><tr>{heads}</tr>{''.join(rows)}</table>"
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    def points(name: str) -> list[tuple[float, float]]:
-        return [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    def points(name: str, scale: float = 1) -> list[tuple[float, float]]:
+        return [(record["step"], scale * record[name]) for record in records if record.get(name) is not None]
+
+    exact_match, padding = points("eval_exact_match", 100), points("padding_share", 100)
 
     return [
         line_chart("Loss (nats per token)", {"train": points("loss"), "held out": points("eval_loss")}),
-        line_chart("Exact match on held-out images", {"exact match": points("eval_exact_match")}, includes=(0, 1)),
+        line_chart("Held-out images read exactly (%)", {"exact match": exact_match}, includes=(0, 100)),
         line_chart("Learning rate", {"learning rate": points("learning_rate")}),
         line_chart("Gradient norm", {"gradient norm": points("grad_norm")}, includes=(0,)),
         line_chart("Tokens per second", {"tokens per second": points("tokens_per_second")}, includes=(0,)),
-        line_chart("Padding share", {"padding share": points("padding_share")}, includes=(0,)),
+        line_chart("Padding (% of a row)", {"padding": padding}, includes=(0,)),
     ]
 
 
@@ -130,7 +210,7 @@ def _expert_load(records: Sequence[Mapping[str, Any]]) -> list[str]:
     by_layer = [[share * num_experts for share in layer] for layer in loads[-1]]
     return [
         "<h2>Expert load</h2><p>Share of tokens relative to an even spread: white is even, red more, blue less.</p>",
-        heat_map("Over steps, mean over layers", over_steps, row_name="expert", column_name="record"),
+        heat_map("Over steps, mean over layers", over_steps, row_name="expert", column_name="steps"),
         heat_map("At the end", by_layer, row_name="layer", column_name="expert"),
     ]
 

@@ -1,7 +1,9 @@
 """The folder of a run: is it ours, may we write there, and what made it.
 
-A run directory holds config.json (the resolved config), versions.json (what the latest start ran on), metrics.jsonl,
-checkpoints/, tensorboard/, report.html and summary.json.
+A run directory holds config.json (the resolved config), versions.json (what the latest start ran on), data.json (what
+its data is known by), tokenizer/ (the tokenizer, and what its exports carry of a released model), metrics.jsonl,
+checkpoints/, tensorboard/, report.html and summary.json; and, while a run goes on, its lock. Nothing that it began from
+is needed to go on with it, or to export it, but its data.
 """
 
 import json
@@ -18,30 +20,62 @@ from typing import Any
 import jax
 
 from gemma4_jax.errors import InputError
-from gemma4_jax.files import write_atomically
+from gemma4_jax.files import local_path, write_atomically
+from gemma4_jax.hf.processor import CARRIED_FILES
+from gemma4_jax.hf.save import TOKENIZER
+from gemma4_jax.tokenizer import Tokenizer
 
-MAY_CHANGE = ("run_dir", "name", "mesh", "train.num_steps", "train.remat", "checkpoint", "eval", "log", "export")
+MAY_CHANGE = (
+    "run_dir", "name", "mesh", "data.sources", "data.max_left_out", "data.allow_changes", "train.num_steps",
+    "train.remat", "checkpoint", "eval", "log", "export",
+)  # fmt: skip
 """Fields, and sections, that may differ from one start of a run to the next.
 
 They do not change what a step computes, but for train.num_steps: a run made longer follows the longer schedule from
-where it stands.
+where it stands. Data is known by what it holds and not by its place: `train.fingerprints` compares data.sources.
 """
+
+SOURCES = ("tokenizer", "init.from_hf", "init.from_run")
+"""Fields that name places which a run needs when it begins, and never again."""
 
 PACKAGES = ("gemma4-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 """Packages whose versions are kept with a run."""
 
 
-def open_run_dir(config: Any) -> Path:
-    """Makes the run directory if need be, and writes config.json and versions.json into it.
+def run_tokenizer(config: Any) -> Tokenizer:
+    """The tokenizer of a run: the one that its directory carries, or, when it begins, the one that its config names.
+
+    Raises:
+      InputError: there is none, or the config names another one than the run was begun with.
+    """
+    carried = local_path(config.run_dir) / TOKENIZER
+    if not carried.is_file() or not (carried.parents[1] / "config.json").exists():
+        return Tokenizer.load(config.tokenizer)
+    tokenizer = Tokenizer(carried.absolute())
+    try:
+        given = Tokenizer.load(config.tokenizer)
+    except InputError:  # it was moved, and the run has its own
+        return tokenizer
+    if given.path.read_bytes() != carried.read_bytes():
+        raise InputError(
+            f"tokenizer={config.tokenizer!r} is not the one with which run_dir={config.run_dir!r} was begun: give "
+            "another run_dir, or the same tokenizer to go on with that run."
+        )
+    return tokenizer
+
+
+def open_run_dir(config: Any, tokenizer: Tokenizer) -> Path:
+    """Makes the run directory if need be, and writes config.json, versions.json and the tokenizer into it.
 
     Args:
       config: the resolved run config.
+      tokenizer: of `run_tokenizer`.
     Returns:
       Its absolute path.
     Raises:
       InputError: it cannot be written to, or holds a run of a different config.
     """
-    run_dir = Path(config.run_dir).absolute()
+    run_dir = local_path(config.run_dir).absolute()
     resolved = json.loads(json.dumps(config.to_dict()))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -51,20 +85,43 @@ def open_run_dir(config: Any) -> Path:
         if saved.exists():
             _check_same_run(run_dir, json.loads(saved.read_text("utf-8")), resolved)
         if jax.process_index() == 0:
+            if not saved.exists() or not (run_dir / TOKENIZER).is_file():
+                _carry_tokenizer(tokenizer, config.init, run_dir)
             write_atomically(saved, json.dumps(resolved, indent=2) + "\n")
             write_atomically(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"run_dir={config.run_dir!r} cannot be written to ({error.strerror}): give a folder that takes new files."
         ) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(
             f"run_dir={config.run_dir!r} holds a config.json that is not JSON ({error}): give another run_dir."
         ) from error
     return run_dir
 
 
+def _carry_tokenizer(tokenizer: Tokenizer, init: Any, run_dir: Path) -> None:
+    """Copies tokenizer.json, and what lies beside it or, with the same tokenizer, beside the weights to begin from."""
+    content = tokenizer.path.read_bytes()
+    folders = [tokenizer.path.parent]
+    folders += [local_path(init.from_hf)] if init.from_hf else []
+    folders += [local_path(init.from_run) / TOKENIZER.parent] if init.from_run else []
+    beside: dict[str, bytes] = {}
+    for folder in folders:
+        same = folder / TOKENIZER.name
+        if same == tokenizer.path or (same.is_file() and same.read_bytes() == content):
+            found = [folder / name for name in CARRIED_FILES if (folder / name).is_file()]
+            beside = {file.name: file.read_bytes() for file in found} | beside
+    target = run_dir / TOKENIZER
+    target.parent.mkdir(exist_ok=True)
+    for name, copied in beside.items():
+        write_atomically(target.with_name(name), copied)
+    write_atomically(target, content)  # last: with it, all of them are there
+
+
 def _check_same_run(run_dir: Path, saved: Any, given: Mapping[str, Any]) -> None:
+    if not isinstance(saved, Mapping):
+        raise InputError(f"run_dir={str(run_dir)!r} holds a config.json that is not of a run: give another run_dir.")
     old, new = _flatten(saved), _flatten(given)
     absent = object()
     differing = [
@@ -72,12 +129,23 @@ def _check_same_run(run_dir: Path, saved: Any, given: Mapping[str, Any]) -> None
         for field in sorted(old.keys() | new.keys())
         if old.get(field, absent) != new.get(field, absent)
         and not any(field == allowed or field.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+        and not (field in SOURCES and _is_same_source(field, old.get(field), new.get(field), run_dir))
     ]
     if differing:
         raise InputError(
             f"run_dir={str(run_dir)!r} holds a run of a different config ({'; '.join(differing)}): "
             "give another run_dir, or the same config to go on with that run."
         )
+
+
+def _is_same_source(field: str, old: Any, new: Any, run_dir: Path) -> bool:
+    """Whether a run may go on although this place is spelled in another way, or has moved."""
+    if field == "tokenizer":  # of a run that carries its own, `run_tokenizer` has compared them
+        return (run_dir / TOKENIZER).is_file()
+    if not old or not new or not isinstance(old, str):
+        return False
+    before, now = local_path(old), local_path(new)
+    return before.resolve() == now.resolve() or not before.exists()
 
 
 def _flatten(value: Any, path: str = "") -> dict[str, Any]:

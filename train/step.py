@@ -28,7 +28,8 @@ class StepMetrics(NamedTuple):
       tokens: tokens that are not padding.
       images: images in the batch.
       expert_load: [L, E] share of the choices that went to each expert; None without experts.
-      is_finite: whether the update was made of numbers; after one that was not, the parameters are lost.
+      is_sane: whether loss and gradient are numbers, and the update left something of the parameters: one that is
+        larger by more than their precision replaces them. After a step that is not sane they are lost.
     """
 
     loss: jax.Array
@@ -39,7 +40,7 @@ class StepMetrics(NamedTuple):
     tokens: jax.Array
     images: jax.Array
     expert_load: jax.Array | None
-    is_finite: jax.Array
+    is_sane: jax.Array
 
 
 class _Losses(NamedTuple):
@@ -78,17 +79,20 @@ def make_train_step(graphdef: nnx.GraphDef, state: TrainState, config: Any, mesh
         grads, losses = _accumulate(objective, trained, batch, config.train.grad_accum_steps)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = nnx.merge_state(optax.apply_updates(trained, updates), frozen)
-        grad_norm = optax.global_norm(grads)
+        grad_norm, param_norm = optax.global_norm(grads), optax.global_norm(state.params)
+        # It is infinite, or not a number, if any of the new parameters is.
+        new_norm = optax.global_norm(params)
+        is_kept = new_norm * jnp.finfo(new_norm.dtype).eps < param_norm
         metrics = StepMetrics(
             loss=losses.cross_entropy,
             load_balance_loss=losses.load_balance,
             grad_norm=grad_norm,
-            param_norm=optax.global_norm(state.params),
+            param_norm=param_norm,
             learning_rate=schedule(state.step),
             tokens=jnp.sum(batch.segment_ids > 0),
             images=jnp.sum(jnp.max(batch.patch_image_ids, axis=1, initial=0)),
             expert_load=losses.expert_load,
-            is_finite=jnp.isfinite(losses.cross_entropy) & jnp.isfinite(grad_norm),
+            is_sane=jnp.isfinite(losses.cross_entropy) & jnp.isfinite(grad_norm) & is_kept,
         )
         return TrainState(state.step + 1, params, state.buffers, opt_state, state.rng), metrics
 

@@ -9,11 +9,15 @@ serves all. The shape of a sheet tells nothing about its number.
 """
 
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from gemma4_jax.data.document import Document, Image, Text
+
+VERSION = 1
+"""Of the documents: a change of this module that changes any of them counts it up."""
 
 SCAN = 8
 """Side of a scan in pixels."""
@@ -92,6 +96,9 @@ class DigitsSource:
         self._is_train = split == "train"
         self._seed = seed
         self._scans, self._labels = load_scans(split)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"kind": "digits", "version": VERSION}
 
     def __len__(self) -> int:
         return 2**31 - 1  # without end; as many as a shuffle of 32 bits can address

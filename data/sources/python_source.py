@@ -1,9 +1,11 @@
 """Text that every machine already has: the sources of the running Python's standard library."""
 
 import functools
+import platform
 import sysconfig
 import zlib
 from pathlib import Path
+from typing import Any
 
 from gemma4_jax.data.document import Document, Text
 from gemma4_jax.errors import InputError
@@ -62,6 +64,9 @@ class PythonSource:
 
     def __init__(self, split: str) -> None:
         self._is_train = split == "train"
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"kind": "python", "python": platform.python_version(), "documents": len(self)}
 
     def __len__(self) -> int:
         return len(_documents(self._is_train))

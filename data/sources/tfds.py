@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from gemma4_jax.data.document import Document, Image, Text
 from gemma4_jax.errors import InputError
@@ -47,16 +46,26 @@ class TfdsSource:
                 have = ", ".join(features)
                 raise InputError(f"The source 'tfds:{name}' has no feature {feature!r}: its features are {have}.")
         self._name, self._text, self._image, self._prompt = name, text, image, prompt
+        self._data_set = f"{builder.info.full_name}/{split}"
         self._label_name = features[text].int2str if isinstance(features[text], tfds.features.ClassLabel) else None
+
+    def fingerprint(self) -> dict[str, Any]:
+        read = {"text": self._text, "image": self._image, "prompt": self._prompt}
+        return {"kind": "tfds", "data_set": self._data_set, "documents": len(self), **read}
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Document:
-        example = self._examples[index]
+        try:
+            example = self._examples[index]
+        except Exception as error:  # damaged files end in exceptions of every kind
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{self._name} {index}: it cannot be read ({reason:.200}).") from error
         segments: list[Text | Image] = []
         if self._image:
-            segments.append(Image(_image_content(example[self._image])))
+            image = example[self._image]
+            segments.append(Image(image if isinstance(image, bytes) else np.asarray(image)))
         if self._prompt:
             segments.append(Text(self._prompt, loss=False))
         segments.append(Text(self._as_text(example[self._text])))
@@ -66,12 +75,3 @@ class TfdsSource:
         if self._label_name:
             return str(self._label_name(int(value)))
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _image_content(value: Any) -> np.ndarray | bytes:
-    if isinstance(value, bytes):
-        return value
-    pixels = np.asarray(value)
-    if pixels.dtype != np.uint8:
-        raise InputError(f"an image of type {pixels.dtype} is not accepted: it must be uint8 or an encoded image file.")
-    return np.asarray(PIL.Image.fromarray(pixels.squeeze()).convert("RGB"))

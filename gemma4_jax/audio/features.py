@@ -20,14 +20,15 @@ MAX_SAMPLES = 30 * SAMPLE_RATE
 FRAMES_PER_SOFT_TOKEN = 4
 """The two strides of the tower."""
 
-_FRAME, _HOP, _FFT = 320, 160, 512
-_MAX_HERTZ = 8000.0
-_FLOOR = 1e-3
+FRAME, HOP, FFT = 320, 160, 512
+MAX_HERTZ = 8000.0
+FLOOR = 1e-3
+"""Samples in a frame, between frames, and in a transform; the top of the highest band in Hertz; what the log adds."""
 
 
 def num_frames(num_samples: int) -> int:
     """Frames of a sound: those that lie wholly inside it, and one sample more, once half a frame is put before it."""
-    return max(0, (num_samples + _FRAME // 2 - _FRAME - 1) // _HOP + 1)
+    return max(0, (num_samples + FRAME // 2 - FRAME - 1) // HOP + 1)
 
 
 def num_soft_tokens(frames: int) -> int:
@@ -69,16 +70,16 @@ def log_mel(samples: np.ndarray, num_bins: int) -> np.ndarray:
         raise InputError("A sound holds samples that are not finite numbers: it is damaged.")
     if not num_frames(len(samples)):
         return np.zeros((0, num_bins), np.float32)
-    padded = np.pad(samples, (_FRAME // 2, 0))
-    frames = np.lib.stride_tricks.sliding_window_view(padded[:-1], _FRAME)[::_HOP]
-    magnitudes = np.abs(np.fft.rfft(frames * _window(), n=_FFT))
-    return np.log(magnitudes @ _mel_bands(num_bins) + _FLOOR).astype(np.float32)
+    padded = np.pad(samples, (FRAME // 2, 0))
+    frames = np.lib.stride_tricks.sliding_window_view(padded[:-1], FRAME)[::HOP]
+    magnitudes = np.abs(np.fft.rfft(frames * _window(), n=FFT))
+    return np.log(magnitudes @ _mel_bands(num_bins) + FLOOR).astype(np.float32)
 
 
 @functools.cache
 def _window() -> np.ndarray:
     """[320] float32, the periodic Hann window."""
-    return np.hanning(_FRAME + 1)[:-1].astype(np.float32)
+    return np.hanning(FRAME + 1)[:-1].astype(np.float32)
 
 
 @functools.cache
@@ -87,9 +88,9 @@ def _mel_bands(num_bins: int) -> np.ndarray:
 
     A band is a triangle in Hertz whose corners are equally spaced on the mel scale, 2595 log10(1 + Hz / 700).
     """
-    top = 2595.0 * np.log10(1.0 + _MAX_HERTZ / 700.0)
+    top = 2595.0 * np.log10(1.0 + MAX_HERTZ / 700.0)
     corners = 700.0 * (10.0 ** (np.linspace(0.0, top, num_bins + 2) / 2595.0) - 1.0)
-    frequencies = np.linspace(0, SAMPLE_RATE // 2, _FFT // 2 + 1)
+    frequencies = np.linspace(0, SAMPLE_RATE // 2, FFT // 2 + 1)
     distance = corners - frequencies[:, None]
     width = np.diff(corners)
     rising, falling = -distance[:, :-2] / width[:-1], distance[:, 2:] / width[1:]

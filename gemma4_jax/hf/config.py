@@ -11,8 +11,10 @@ from typing import Any
 from gemma4_jax.config import AudioConfig, Gemma4Config, SpecialTokens, TextConfig, VisionConfig
 from gemma4_jax.errors import InputError
 
-ARCHITECTURE = "Gemma4ForConditionalGeneration"
-MODEL_TYPE = "gemma4"
+ARCHITECTURE, MODEL_TYPE = "Gemma4ForConditionalGeneration", "gemma4"
+TEXT_ARCHITECTURE, TEXT_MODEL_TYPE = "Gemma4ForCausalLM", "gemma4_text"
+"""Those of the decoder alone, whose config.json has no sections."""
+
 SLIDING, GLOBAL = "sliding_attention", "full_attention"
 INIT_STDDEV = 0.02
 MAX_LAYERS = 1024
@@ -84,7 +86,7 @@ _TOKENS = {
 
 # Fields that have one value in every model that this package computes.
 _FIXED_TEXT = {
-    "model_type": "gemma4_text",
+    "model_type": TEXT_MODEL_TYPE,
     "hidden_activation": "gelu_pytorch_tanh",
     "attention_bias": False,
     "tie_word_embeddings": True,
@@ -98,19 +100,25 @@ _FIXED_AUDIO = {
 }
 
 
-def to_hf(config: Gemma4Config, *, dtype: str, max_soft_tokens: int) -> dict[str, Any]:
+def to_hf(config: Gemma4Config, *, dtype: str, max_soft_tokens: int, is_text_only: bool = False) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
       config: the architecture.
       dtype: of the stored tensors, "float32" or "bfloat16".
       max_soft_tokens: budget of an image, which some servers look up here.
+      is_text_only: whether the checkpoint is one of the decoder alone.
     """
+    text = {"dtype": dtype, **_text_to_hf(config.text, config.tokens)}
+    if is_text_only:
+        return {"architectures": [TEXT_ARCHITECTURE], **text, **_to_theirs(config.tokens, _TOKENS)}
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "dtype": dtype,
-        "text_config": {"dtype": dtype, **_text_to_hf(config.text, config.tokens)},
+        # Said again, for readers that look for it here alone.
+        "vocab_size": config.text.vocab_size,
+        "text_config": text,
         "vision_config": config.vision and {"dtype": dtype, **_vision_to_hf(config.vision, max_soft_tokens)},
         "audio_config": config.audio and {"dtype": dtype, **_audio_to_hf(config.audio)},
         **_to_theirs(config.tokens, _TOKENS),
@@ -120,18 +128,27 @@ def to_hf(config: Gemma4Config, *, dtype: str, max_soft_tokens: int) -> dict[str
     }
 
 
-def from_hf(content: Any) -> Gemma4Config:
+def is_text_only(content: Any) -> bool:
+    """Whether a config.json is of the decoder alone."""
+    return isinstance(content, Mapping) and content.get("model_type") == TEXT_MODEL_TYPE
+
+
+def from_hf(content: Any, tokens: SpecialTokens | None = None) -> Gemma4Config:
     """The architecture that a config.json describes.
 
     Args:
       content: what the file says; nothing about it is trusted.
+      tokens: those of the tokenizer beside it. The file of a decoder alone names no tokens of images and sounds.
     Raises:
       InputError: it is not a Gemma 4, or is one that this package does not compute.
     """
     top = _Section(content, "")
-    top.check("model_type", (MODEL_TYPE,), None)
-    top.check("architectures", ([ARCHITECTURE], None), None)
+    top.check("model_type", (MODEL_TYPE, TEXT_MODEL_TYPE), None)
     top.check("quantization_config", (None,), None)
+    if is_text_only(content):
+        top.check("architectures", ([TEXT_ARCHITECTURE], None), None)
+        return Gemma4Config(_text_from_hf(top), tokens=SpecialTokens(**_text_only_tokens(top, tokens)))
+    top.check("architectures", ([ARCHITECTURE], None), None)
     top.check("tie_word_embeddings", (True,), True)
     text, vision, audio = (top.section(f"{name}_config") for name in ("text", "vision", "audio"))
     if text is None:
@@ -231,6 +248,17 @@ def _tokens_from_hf(top: _Section, text: _Section) -> dict[str, int]:
         "bos": text.read("bos_token_id", 2),
         **top.to_ours(_TOKENS),
     }
+
+
+def _text_only_tokens(text: _Section, tokens: SpecialTokens | None) -> dict[str, int]:
+    """Tokens by role, where only those of text must be in the file."""
+    unnamed = {ours for ours, (theirs, _) in _TOKENS.items() if theirs not in text.names}
+    found = _tokens_from_hf(text, text)
+    if tokens is not None:
+        return found | {ours: getattr(tokens, ours) for ours in unnamed}
+    if any(found[ours] >= text.read("vocab_size", 262144) for ours in unnamed):
+        raise InputError("config.json names no tokens of images and sounds: put the model's tokenizer.json beside it.")
+    return found
 
 
 def _text_to_hf(text: TextConfig, tokens: SpecialTokens) -> dict[str, Any]:
@@ -342,7 +370,8 @@ def _vision_to_hf(vision: VisionConfig, max_soft_tokens: int) -> dict[str, Any]:
         **_FIXED_VISION,
         **_to_theirs(vision, _VISION),
         "num_key_value_heads": vision.num_heads,
-        "rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta},
+        # Versions of transformers from 5.17 on call it "axial", and read this name as well.
+        "rope_parameters": {"rope_type": "default", "rope_theta": vision.rope_theta},
         "default_output_length": max_soft_tokens,
         "attention_dropout": 0.0,
         "initializer_range": INIT_STDDEV,
@@ -354,7 +383,6 @@ def _vision_from_hf(vision: _Section) -> VisionConfig:
     fields = vision.to_ours(_VISION)
     vision.check("num_key_value_heads", (fields["num_heads"],), 12)
     rope = vision.section("rope_parameters") or _Section({}, "")
-    # Files from before the name "axial" say "default" and mean the same.
     rope.check("rope_type", ("axial", "default"), "axial")
     return VisionConfig(**fields, rope_theta=rope.read("rope_theta", 100.0))
 

@@ -11,12 +11,14 @@ import jax
 from flax import nnx
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import local_path
+from gemma4_jax.hf.integrity import write_checksums
 from gemma4_jax.hf.leftovers import beside, remove_leftovers
 from gemma4_jax.hf.load import Checkpoint, ParameterReader, write_carried
 from gemma4_jax.hf.names import flatten_paths
 from gemma4_jax.hf.pretrained import load_processor
 from gemma4_jax.hf.processor import CARRIED_FILES
-from gemma4_jax.hf.save import CARRIED, check_space, sync_folder, write_file
+from gemma4_jax.hf.save import CARRIED, TOKENIZER, check_space, sync_folder, write_file
 from gemma4_jax.hf.streaming import StreamedArray, save_streamed
 from gemma4_jax.model import Gemma4
 
@@ -33,7 +35,7 @@ def convert(hf_dir: str | Path, out_dir: str | Path) -> None:
     Raises:
       InputError: the checkpoint is not acceptable, or the folder cannot be made.
     """
-    out_dir = Path(out_dir).absolute()
+    out_dir = local_path(out_dir).absolute()
     remove_leftovers(out_dir)
     if out_dir.exists():
         raise InputError(f"{out_dir} is there already: give a folder that is not.")
@@ -45,16 +47,17 @@ def convert(hf_dir: str | Path, out_dir: str | Path) -> None:
         state = nnx.state(nnx.eval_shape(lambda: Gemma4(checkpoint.config, nnx.Rngs(0))))
         unused = checkpoint.unused(state)
         check_space(out_dir.parent, _num_bytes(checkpoint, state, unused))
-        (temporary / "tokenizer").mkdir(parents=True)
+        (temporary / TOKENIZER.parent).mkdir(parents=True)
         for name in ("tokenizer.json", *CARRIED_FILES):
             if (checkpoint.folder / name).is_file():
-                write_file(temporary / "tokenizer" / name, (checkpoint.folder / name).read_bytes())
+                write_file(temporary / TOKENIZER.parent / name, (checkpoint.folder / name).read_bytes())
         if unused:
             write_carried(checkpoint, unused, temporary / CARRIED)
         _write_parameters(checkpoint, state, temporary / "checkpoints" / "0" / "model")
+        write_checksums(temporary / "checkpoints" / "0")
         content = {
             "model": dataclasses.asdict(checkpoint.config),
-            "tokenizer": "tokenizer/tokenizer.json",  # in this folder, wherever that is
+            "tokenizer": TOKENIZER.as_posix(),  # in this folder, wherever that is
             "data": {"soft_tokens_per_image": processor.max_soft_tokens},
         }
         write_file(temporary / "config.json", (json.dumps(content, indent=2) + "\n").encode())

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,28 @@ from flax import nnx
 
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.errors import InputError
-from gemma4_jax.hf.config import from_hf
+from gemma4_jax.files import local_path, refuse_lfs_pointer
+from gemma4_jax.hf.config import from_hf, is_text_only
 from gemma4_jax.hf.leftovers import beside
-from gemma4_jax.hf.names import Tensor, abbreviate, flatten_paths, tensors
-from gemma4_jax.hf.safetensors import DTYPES, OutgoingTensor, TensorFile, copy_transposed, has_nan, write_tensor_file
+from gemma4_jax.hf.names import (
+    EMBEDDING,
+    HEAD,
+    Tensor,
+    abbreviate,
+    flatten_paths,
+    full_name,
+    tensors,
+    text_only_name,
+)
+from gemma4_jax.hf.safetensors import (
+    DTYPES,
+    OutgoingTensor,
+    TensorFile,
+    copy_transposed,
+    has_nan,
+    in_blocks,
+    write_tensor_file,
+)
 from gemma4_jax.tokenizer import Tokenizer
 
 _MAX_JSON_BYTES = 1 << 26
@@ -39,7 +57,8 @@ class Checkpoint:
       folder: where it is.
       config: the architecture that its config.json describes.
       hf_config: the content of config.json.
-      files: name of a tensor -> the file that holds it.
+      files: name of a tensor -> the file that holds it. Those of a checkpoint of the decoder alone have the names that
+        they have in a whole one.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -49,12 +68,21 @@ class Checkpoint:
           InputError: anything at all is wrong with it. One message names every tensor that is missing, unexpected or
             of another shape.
         """
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         self.hf_config: dict[str, Any] = read_json(self.folder / "config.json")
-        self.config: Gemma4Config = from_hf(self.hf_config)
+        tokenizer = _tokenizer(self.folder)
+        self.config: Gemma4Config = from_hf(self.hf_config, tokenizer and tokenizer.tokens)
         self.files: dict[str, TensorFile] = _open_files(self.folder)
-        _check_tensors(self.folder, self.files, tensors(self.config))
-        _check_tokenizer(self.folder, self.config)
+        named: Callable[[str], str] = str
+        if is_text_only(self.hf_config):
+            self.files, named = _with_full_names(self.files), text_only_name
+        _drop_tied_head(self.folder, self.files)
+        _check_tensors(self.folder, self.files, tensors(self.config), named)
+        if tokenizer is not None and tokenizer.vocab_size > self.config.text.vocab_size:
+            raise InputError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, and the embedding of the model "
+                f"{self.config.text.vocab_size}."
+            )
 
     def num_bytes(self, names: Iterable[str]) -> int:
         """Of some of its tensors."""
@@ -208,7 +236,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file that nobody vouches for.
 
     Raises:
-      InputError: it cannot be read, is too large, or is not JSON.
+      InputError: it cannot be read, is too large, or is not JSON, such as a git-lfs pointer.
     """
     try:
         content = path.read_bytes() if path.stat().st_size <= _MAX_JSON_BYTES else None
@@ -216,6 +244,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
     if content is None:
         raise InputError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: it is not of a checkpoint.")
+    refuse_lfs_pointer(path, content)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # also of numbers with more digits than Python reads
@@ -248,18 +277,20 @@ def _open_files(folder: Path) -> dict[str, TensorFile]:
     return located
 
 
-def _check_tensors(folder: Path, files: dict[str, TensorFile], expected: Iterable[Tensor]) -> None:
-    """Names all that is missing, unexpected or of another shape, in one message."""
+def _check_tensors(
+    folder: Path, files: dict[str, TensorFile], expected: Iterable[Tensor], named: Callable[[str], str]
+) -> None:
+    """Names all that is missing, unexpected or of another shape, in one message, as the files name them."""
     table = {tensor.name: tensor for tensor in expected}
     missing = [name for name, tensor in table.items() if name not in files and not tensor.is_redundant]
     unexpected = [name for name in files if name not in table]
     misshapen = [
-        f"{name} is {list(file.tensors[name].shape)}, not {list(table[name].shape)}"
+        f"{named(name)} is {list(file.tensors[name].shape)}, not {list(table[name].shape)}"
         for name, file in files.items()
         if name in table and file.tensors[name].shape != table[name].shape
     ]
     faults = [
-        f"{len(names)} tensors {fault} ({'; '.join(abbreviate(names))})"
+        f"{len(names)} tensors {fault} ({'; '.join(abbreviate(map(named, names)))})"
         for fault, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
         if names
     ]
@@ -267,10 +298,38 @@ def _check_tensors(folder: Path, files: dict[str, TensorFile], expected: Iterabl
         raise InputError(f"{folder} is not what its config.json describes: {', '.join(faults)}.")
 
 
-def _check_tokenizer(folder: Path, config: Gemma4Config) -> None:
+def _tokenizer(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
-    if path.exists() and (size := Tokenizer(path).vocab_size) > config.text.vocab_size:
-        raise InputError(f"{path} has {size} tokens, and the embedding of the model {config.text.vocab_size}.")
+    return Tokenizer(path) if path.exists() else None
+
+
+def _with_full_names(files: dict[str, TensorFile]) -> dict[str, TensorFile]:
+    """The tensors of a decoder alone, by the names that they have in a whole checkpoint."""
+    for file in set(files.values()):
+        file.tensors = {full_name(name): stored for name, stored in file.tensors.items()}
+    return {full_name(name): file for name, file in files.items()}
+
+
+def _drop_tied_head(folder: Path, files: dict[str, TensorFile]) -> None:
+    """Leaves out a head that is stored although it is the embedding.
+
+    Raises:
+      InputError: it is something else.
+    """
+    if HEAD not in files or EMBEDDING not in files:
+        return
+    stored = [(name, files[name]) for name in (HEAD, EMBEDDING)]
+    is_same = len({file.tensors[name].shape for name, file in stored}) == 1 and all(
+        np.array_equal(*pair, equal_nan=True)
+        for pair in zip(*(in_blocks(file.read(name), DTYPES["F32"]) for name, file in stored), strict=True)
+    )
+    for name, file in stored:
+        file.release(name)
+    if not is_same:
+        raise InputError(
+            f"{folder}: {HEAD} is not the token embedding, and only models whose head is tied are computed."
+        )
+    del files[HEAD]
 
 
 def _check_same_model(checkpoint: Checkpoint, model_config: Gemma4Config) -> None:

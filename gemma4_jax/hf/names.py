@@ -18,6 +18,9 @@ import numpy as np
 
 from gemma4_jax.config import AudioConfig, Gemma4Config, TextConfig, VisionConfig
 
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+"""The table of token embeddings, and the head, which is the same table and need not be stored."""
+
 
 class Row(NamedTuple):
     """One row of the table.
@@ -204,6 +207,16 @@ class Tensor:
 def tensors(config: Gemma4Config) -> tuple[Tensor, ...]:
     """Every tensor that a checkpoint of this architecture may hold. The tied head is not stored."""
     return tuple(_all_tensors(config))
+
+
+def text_only_name(name: str) -> str:
+    """What a tensor of the decoder is called in a checkpoint of the decoder alone."""
+    return re.sub(r"^model\.language_model\.", "model.", name)
+
+
+def full_name(name: str) -> str:
+    """The inverse of `text_only_name`."""
+    return re.sub(r"^model\.", "model.language_model.", name)
 
 
 def flatten_paths(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from gemma4_jax.errors import InputError
 from gemma4_jax.hf.agreement import go_on
+from gemma4_jax.hf.integrity import newest_intact
 from gemma4_jax.hf.names import flatten_paths
 
 _SLAB_BYTES = 1 << 27
@@ -99,22 +100,20 @@ def stored_arrays(folder: Path) -> dict[str, Any]:
 
 
 class CheckpointParameters:
-    """The values in the last checkpoint of a run, of which no more than two slabs are in memory at a time: the one that
-    was asked for, and the one that follows it, which is read and unpacked meanwhile.
+    """The values in the newest intact checkpoint of a run, of which no more than two slabs are in memory at a time: the
+    one that was asked for, and the one that follows it, which is read and unpacked meanwhile.
 
     Args of the constructor:
       run_dir: of the run.
+      step: of its newest intact checkpoint; None is to look for that one.
 
     Attributes:
       folder: of the checkpoint's model.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        checkpoints = run_dir / "checkpoints"
-        steps = ocp.utils.checkpoint_steps(checkpoints) if checkpoints.is_dir() else []
-        if not steps:
-            raise InputError(f"{run_dir} holds no checkpoint: train it first.")
-        self.folder = (checkpoints / str(max(steps)) / "model").absolute()
+    def __init__(self, run_dir: Path, step: int | None = None) -> None:
+        step = newest_intact(run_dir) if step is None else step
+        self.folder = (run_dir / "checkpoints" / str(step) / "model").absolute()
         self._leaves = stored_arrays(self.folder)
         self.shapes: Mapping[str, tuple[int, ...]] = {path: leaf.shape for path, leaf in self._leaves.items()}
         self.dtypes: Mapping[str, np.dtype] = {path: np.dtype(leaf.dtype) for path, leaf in self._leaves.items()}

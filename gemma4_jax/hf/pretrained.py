@@ -13,9 +13,11 @@ from gemma4_jax.chat import ChatTemplate
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.data.processor import Processor
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import local_path
 from gemma4_jax.hf.agreement import led_by_first_process
 from gemma4_jax.hf.leftovers import beside
 from gemma4_jax.hf.load import Checkpoint, ParameterReader, load_state, read_json, write_carried
+from gemma4_jax.hf.processor import COMPUTED_PIXELS, FEATURES, processor_config
 from gemma4_jax.hf.save import STORED_AS, export_state
 from gemma4_jax.model import Gemma4
 from gemma4_jax.sharding import param_shardings
@@ -70,7 +72,7 @@ def save_hf(model: Gemma4, processor: Processor, path: str | Path, *, dtype: str
     Raises:
       InputError: the folder cannot be made, or the one that the model came from is no longer there.
     """
-    state, path = nnx.state(model), Path(path).absolute()
+    state, path = nnx.state(model), local_path(path).absolute()
     carried = beside(path, "carried.safetensors")
     unused: list[str] = []
     try:
@@ -115,7 +117,7 @@ def load_processor(folder: Path, config: Gemma4Config) -> Processor:
     return Processor(
         tokenizer,
         config.vision,
-        max_soft_tokens=_soft_tokens(folder),
+        max_soft_tokens=_soft_tokens(folder, config),
         chat_template=None if source is None else ChatTemplate(source, tokenizer),
         stop_tokens=_stop_tokens(folder, tokenizer),
         source=folder,
@@ -151,13 +153,28 @@ def _chat_template(folder: Path) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def _soft_tokens(folder: Path) -> int:
+def _soft_tokens(folder: Path, config: Gemma4Config) -> int:
+    """The budget of an image, once everything else that the file says of images and sounds is what we do with them."""
     path = folder / "processor_config.json"
-    images = _optional_json(path).get("image_processor")
+    given = _optional_json(path)
+    images = given.get("image_processor")
     budget = images.get("max_soft_tokens", DEFAULT_SOFT_TOKENS) if isinstance(images, dict) else DEFAULT_SOFT_TOKENS
     if budget not in SOFT_TOKEN_BUDGETS:
         accepted = ", ".join(map(str, SOFT_TOKEN_BUDGETS))
         raise InputError(f"{path}: max_soft_tokens={budget!r:.60} of images must be one of {accepted}.")
+    expected = {}
+    if config.vision is not None:
+        pixels = processor_config(config.vision, budget)["image_processor"]
+        expected["image_processor"] = {name: pixels[name] for name in COMPUTED_PIXELS}
+    if config.audio is not None:
+        expected["feature_extractor"] = FEATURES
+    for section, fields in expected.items():
+        theirs = given.get(section)
+        for name, value in fields.items() if isinstance(theirs, dict) else ():
+            if theirs.get(name, value) != value:
+                raise InputError(
+                    f"{path}: {section}.{name}={theirs[name]!r:.60} is not supported: accepted is {value!r}."
+                )
     return budget
 
 

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import refuse_lfs_pointer
 from gemma4_jax.hf.direct import write_through
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -100,6 +101,8 @@ class TensorFile:
 
 def _read_header(file: Any, size: int, path: Path) -> tuple[dict[str, Any], int]:
     """(header, where data begins)."""
+    refuse_lfs_pointer(path, file.read(64))
+    file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES:
         raise InputError(f"{path} claims a header of {length} bytes: at most {MAX_HEADER_BYTES} are read.")
@@ -174,9 +177,14 @@ class OutgoingTensor(NamedTuple):
         return cls(name, stored.dtype, stored.shape, blocks)
 
     @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
         """Its size in a file."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return self.size * DTYPES[self.dtype].itemsize
 
 
 def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor], metadata: Mapping[str, str]) -> None:

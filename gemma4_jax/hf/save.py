@@ -17,16 +17,19 @@ import jax
 import numpy as np
 from flax import nnx
 
-from gemma4_jax.config import Gemma4Config
+from gemma4_jax.config import Gemma4Config, VisionConfig
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import local_path
 from gemma4_jax.hf.agreement import led_by_first_process
-from gemma4_jax.hf.config import from_hf, generation_config, to_hf
+from gemma4_jax.hf.card import model_card
+from gemma4_jax.hf.config import from_hf, generation_config, is_text_only, to_hf
 from gemma4_jax.hf.leftovers import beside, remove_leftovers
-from gemma4_jax.hf.names import Tensor, tensors
+from gemma4_jax.hf.names import Tensor, tensors, text_only_name
 from gemma4_jax.hf.parameters import CheckpointParameters, Parameters, StateParameters
-from gemma4_jax.hf.processor import processor_config, to_json, tokenizer_files
+from gemma4_jax.hf.processor import CARRIED_FILES, processor_config, to_json, tokenizer_files
 from gemma4_jax.hf.safetensors import DTYPES, OutgoingTensor, TensorFile, in_blocks, write_tensor_file
-from gemma4_jax.tokenizer import BUNDLED, Tokenizer
+from gemma4_jax.hf.source import carry_config, carry_image_processor, carry_processor, read_source
+from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.vision.geometry import SOFT_TOKEN_BUDGETS
 
 STORED_AS = {"float32": "F32", "bfloat16": "BF16"}
@@ -38,19 +41,20 @@ MAX_SHARD_BYTES = 5_000_000_000
 CARRIED = "carried.safetensors"
 """The file in a run directory with tensors that the model does not use, for its exports."""
 
+TOKENIZER = Path("tokenizer", "tokenizer.json")
+"""The tokenizer in a run directory; beside it lie the files of a released model that its exports carry."""
+
 PRODUCER = {"format": "pt", "producer": "gemma4-jax"}
 """Metadata of the weights files; a folder with other weights is not ours to replace."""
 
-_OUR_FILES = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(config|generation_config|processor_config"
-    r"|tokenizer|tokenizer_config)\.json|chat_template\.jinja"
-)
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_OUR_FILES = {"tokenizer.json", "README.md", *CARRIED_FILES}
 
 
 def export_run(
     run_dir: str | Path, out_dir: str | Path, *, dtype: str | None = None, keeps_newer: bool = False
 ) -> bool:
-    """Exports the last checkpoint of a run, without ever holding more of it than one piece of an array.
+    """Exports the newest intact checkpoint of a run, without ever holding more of it than one piece of an array.
 
     With many processes the first does it, and the others wait; if it fails, all of them raise.
 
@@ -64,7 +68,7 @@ def export_run(
     Raises:
       InputError: there is no such run, or the folder cannot be made.
     """
-    run_dir, out_dir, is_written = Path(run_dir), Path(out_dir), False
+    run_dir, out_dir, is_written = local_path(run_dir), local_path(out_dir), False
     with led_by_first_process():
         if jax.process_index() == 0:
             config, model_config = _run_config(run_dir)
@@ -79,6 +83,7 @@ def export_run(
                     tokenizer=_run_tokenizer(run_dir, config["tokenizer"]),
                     max_soft_tokens=config["data"]["soft_tokens_per_image"],
                     carried=carried if carried.exists() else None,
+                    training=config,
                 )
                 is_written = True
     return is_written
@@ -115,14 +120,15 @@ def export_state(
     Raises:
       InputError: the folder cannot be made.
     """
+    out_dir = local_path(out_dir)
     outgoing = _outgoing(StateParameters(state), model_config, dtype)  # raises in every process or in none
     with led_by_first_process():
         if jax.process_index() == 0:
-            remove_leftovers(Path(out_dir))
+            remove_leftovers(out_dir)
             _export(
                 outgoing,
                 model_config,
-                Path(out_dir),
+                out_dir,
                 tokenizer=tokenizer,
                 max_soft_tokens=max_soft_tokens,
                 carried=carried,
@@ -154,9 +160,17 @@ def _run_config(run_dir: Path) -> tuple[dict[str, Any], Gemma4Config]:
 
 
 def _run_tokenizer(run_dir: Path, name: str) -> Tokenizer:
-    """The tokenizer that the config of a run names: a path is one in the run directory if there is such a file."""
-    inside = run_dir / name
-    return Tokenizer.load(str(inside) if name != BUNDLED and inside.exists() else name)
+    """The tokenizer of a run: the one that it carries, or, of an older run, the one that its config names."""
+    inside = run_dir / TOKENIZER
+    if inside.is_file():
+        return Tokenizer(inside)
+    try:
+        return Tokenizer.load(name)
+    except InputError as error:
+        raise InputError(
+            f"{run_dir} was begun without a tokenizer of its own, and tokenizer={name!r} of its config cannot be read "
+            f"here: copy that tokenizer.json to {inside}."
+        ) from error
 
 
 def _export(
@@ -167,23 +181,22 @@ def _export(
     tokenizer: Tokenizer,
     max_soft_tokens: int,
     carried: Path | None,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Makes the folder, in one process."""
+    """Makes the folder, in one process; `training` is the config of the run, for the model card."""
     dtype = "bfloat16" if {tensor.dtype for tensor in outgoing} == {"BF16"} else "float32"
-    config = to_hf(model_config, dtype=dtype, max_soft_tokens=max_soft_tokens)
     extra = None if carried is None else TensorFile(carried)
     if extra is not None:
         outgoing = _in_order([*outgoing, *(OutgoingTensor.copy_of(extra, name) for name in extra.tensors)])
-    for tower in ("vision", "audio"):
-        config[f"{tower}_config"] = _tower_config(tower, config, outgoing, extra)
+    source = read_source(tokenizer.path.parent, model_config)
+    config = _config(model_config, dtype, max_soft_tokens, outgoing, extra, source.get("config.json"))
+    if is_text_only(config):
+        outgoing = [tensor._replace(name=text_only_name(tensor.name)) for tensor in outgoing]
     files = tokenizer_files(tokenizer, model_config)
     files.setdefault("generation_config.json", to_json(generation_config(model_config.tokens)))
     if (vision := from_hf(config).vision) is not None:
-        if model_config.vision is None:  # the budget is that of the model whose tower is carried
-            budget = config["vision_config"].get("default_output_length")
-            max_soft_tokens = budget if budget in SOFT_TOKEN_BUDGETS else max_soft_tokens
-            config["vision_soft_tokens_per_image"] = max_soft_tokens
-        files["processor_config.json"] = to_json(processor_config(vision, max_soft_tokens))
+        files |= _processor_files(vision, config["vision_soft_tokens_per_image"], source)
+    files["README.md"] = model_card(config, files.keys(), sum(tensor.size for tensor in outgoing), training)
     # Last, for without it nothing takes the folder for a model.
     files["config.json"] = to_json(config)
 
@@ -207,16 +220,44 @@ def _export(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _tower_config(
-    tower: str, config: Mapping[str, Any], outgoing: Sequence[OutgoingTensor], carried: TensorFile | None
-) -> dict[str, Any] | None:
-    """The section of config.json about a tower: None if the export has no tensors of it."""
-    if not any(tensor.name.startswith(f"model.{tower}_tower.") for tensor in outgoing):
-        return None
-    section = config[f"{tower}_config"]
-    if section is None and carried is not None:
-        section = json.loads(carried.metadata[f"{tower}_config"])
-    return section
+def _config(
+    model_config: Gemma4Config,
+    dtype: str,
+    max_soft_tokens: int,
+    outgoing: Sequence[OutgoingTensor],
+    carried: TensorFile | None,
+    source: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """config.json, with what `source` says beside; towers that the export has no tensors of are null.
+
+    A decoder alone has the form of one, unless its source has not.
+    """
+    towers = [t for t in ("vision", "audio") if any(x.name.startswith(f"model.{t}_tower.") for x in outgoing)]
+    is_alone = not towers and (source is None or is_text_only(source))
+    config = to_hf(model_config, dtype=dtype, max_soft_tokens=max_soft_tokens, is_text_only=is_alone)
+    if not is_alone:
+        for tower in ("vision", "audio"):
+            section = config[f"{tower}_config"]
+            if section is None and carried is not None:
+                section = json.loads(carried.metadata[f"{tower}_config"])
+            config[f"{tower}_config"] = section if tower in towers else None
+        if model_config.vision is None and "vision" in towers:  # the budget is that of the model whose tower is carried
+            budget = config["vision_config"].get("default_output_length")
+            config["vision_soft_tokens_per_image"] = budget if budget in SOFT_TOKEN_BUDGETS else max_soft_tokens
+    return config if source is None else carry_config(config, source)
+
+
+def _processor_files(
+    vision: VisionConfig, max_soft_tokens: int, source: Mapping[str, dict[str, Any]]
+) -> dict[str, bytes]:
+    """The files about images and sounds, with what their sources say beside."""
+    processor = processor_config(vision, max_soft_tokens)
+    files = {}
+    if (theirs := source.get("preprocessor_config.json")) is not None:
+        files["preprocessor_config.json"] = to_json(carry_image_processor(processor["image_processor"], theirs))
+    theirs = source.get("processor_config.json")
+    files["processor_config.json"] = to_json(processor if theirs is None else carry_processor(processor, theirs))
+    return files
 
 
 def _outgoing(parameters: Parameters, model_config: Gemma4Config, dtype: str | None) -> list[OutgoingTensor]:
@@ -300,7 +341,7 @@ def _check_destination(out_dir: Path) -> None:
 def _foreign_files(folder: Path) -> list[str]:
     """Names of files that no export of this package has; without our weights, every name."""
     names = [path.name for path in folder.iterdir()]
-    if foreign := [name for name in names if not _OUR_FILES.fullmatch(name)]:
+    if foreign := [name for name in names if name not in _OUR_FILES and not _WEIGHTS.fullmatch(name)]:
         return foreign
     weights = [name for name in names if name.endswith(".safetensors")]
     return [name for name in weights if TensorFile(folder / name).metadata != PRODUCER] if weights else names

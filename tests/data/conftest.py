@@ -31,6 +31,9 @@ def make_config():
             "soft_tokens_per_image": 70,
             "batch_size": 4,
             "num_workers": 0,
+            "long_masked": "drop",
+            "max_left_out": 0.5,
+            "allow_changes": False,
             "seed": 0,
         }
         return ConfigDict(

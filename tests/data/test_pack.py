@@ -1,11 +1,12 @@
 import dataclasses
+import json
 
 import grain
 import numpy as np
 import pytest
 
 from gemma4_jax.data.images import ImagePatches
-from gemma4_jax.data.pack import LOOKAHEAD, MAX_UNUSABLE_RUN, PackIterDataset, RowShape, size_of
+from gemma4_jax.data.pack import LOOKAHEAD, PackIterDataset, RowShape, Rules, size_of
 from gemma4_jax.data.tokenize import Example, Unreadable
 from gemma4_jax.errors import InputError
 
@@ -13,7 +14,14 @@ SHAPE = RowShape(tokens=50, images=3, patches=80, patch_dim=12)
 
 
 def text_example(length, name="text"):
-    return Example(np.arange(length, dtype=np.int32), np.ones(length, bool), (), name)
+    return Example(np.arange(length, dtype=np.int32), np.ones(length, bool), (), name, source="mine")
+
+
+def masked_example(context, question, answer, name="masked"):
+    """<bos>, text without loss of which `context` tokens may be cut, what is learned."""
+    example = text_example(1 + context + question + answer, name)
+    carries_loss = np.arange(len(example.tokens)) > context + question
+    return dataclasses.replace(example, carries_loss=carries_loss, context=context)
 
 
 def image_example(length, patches, name="image"):
@@ -21,11 +29,16 @@ def image_example(length, patches, name="image"):
     return dataclasses.replace(text_example(length, name), images=images)
 
 
-def packing(examples, shape=SHAPE):
+def packing(examples, shape=SHAPE, **rules):
     dataset = grain.MapDataset.source(examples).to_iter_dataset(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     )
-    return iter(PackIterDataset(dataset, shape))
+    return iter(PackIterDataset(dataset, shape, Rules(**rules)))
+
+
+def counts(iterator, source="mine"):
+    """The counters of a source that are not 0."""
+    return {name: count for name, count in iterator.get_state()["tally"]["counters"][source].items() if count}
 
 
 def random_examples(n, seed=0):
@@ -68,7 +81,7 @@ def test_long_text_is_split_into_whole_rows():
     pieces = [example for row in rows for example in row]
     assert [len(piece.tokens) for piece in pieces] == [50, 50, 20]
     assert np.concatenate([piece.tokens for piece in pieces]).tolist() == list(range(120))
-    assert iterator.get_state()["counters"] == {"documents": 1, "images": 0, "split": 1, "dropped": 0, "unreadable": 0}
+    assert counts(iterator) == {"read": 1, "documents": 1, "split": 1}
 
 
 @pytest.mark.parametrize(
@@ -76,25 +89,85 @@ def test_long_text_is_split_into_whole_rows():
     [image_example(51, [4]), image_example(10, [4] * 4), image_example(10, [40, 40, 4])],
 )
 def test_images_that_do_not_fit_are_dropped_and_counted(unfit):
-    iterator = packing([unfit, image_example(10, [4, 4]), Unreadable("bad record")])
+    iterator = packing([unfit, image_example(10, [4, 4]), Unreadable("bad record", "mine")])
     rows = list(iterator)
     assert [[example.name for example in row] for row in rows] == [["image"]]
-    assert iterator.get_state()["counters"] == {"documents": 1, "images": 2, "split": 0, "dropped": 1, "unreadable": 1}
+    assert counts(iterator) == {"read": 3, "documents": 1, "images": 2, "dropped": 1, "unreadable": 1}
 
 
-def test_data_that_is_unusable_as_a_whole_is_an_error():
-    assert len(list(packing([Unreadable("bad record")] * (MAX_UNUSABLE_RUN - 1)))) == 0
-    with pytest.raises(InputError, match="bad record"):
-        list(packing([Unreadable("bad record")] * MAX_UNUSABLE_RUN))
-    with pytest.raises(InputError, match=r"image: 51 tokens.*data\.seq_len=50"):
-        list(packing([image_example(51, [4])] * MAX_UNUSABLE_RUN))
+def test_text_with_a_masked_part_is_never_split():
+    fits, long = masked_example(20, 9, 20), masked_example(60, 9, 20, "long")
+    iterator = packing([fits, long])
+    assert [example.name for row in iterator for example in row] == ["masked"]
+    assert counts(iterator) == {"read": 2, "documents": 1, "dropped": 1}
+
+
+def test_context_is_cut_from_the_left_where_the_run_says_so():
+    long, hopeless = masked_example(60, 9, 20), masked_example(5, 60, 20, "hopeless")
+    iterator = packing([long, hopeless], long_masked="cut_context")
+    ((example,),) = iterator
+    assert example.tokens.tolist() == [0, *range(41, 90)]  # <bos>, the end of the context, the question, the answer
+    assert example.carries_loss.tolist() == [False] * 30 + [True] * 20
+    assert counts(iterator) == {"read": 2, "documents": 1, "shortened": 1, "dropped": 1}
+
+
+def test_what_has_nothing_to_learn_is_left_out_under_its_own_reason(caplog):
+    silent = dataclasses.replace(masked_example(5, 5, 0, "silent"))
+    iterator = packing([silent, text_example(10), masked_example(70, 5, 0)])
+    assert [example.name for row in iterator for example in row] == ["text"]
+    assert counts(iterator) == {"read": 3, "documents": 1, "nothing_to_learn": 2}
+    assert "silent: nothing to learn" in caplog.text
+
+
+def bad(i, source="mine"):
+    return Unreadable(f"{source} {i}: bad record.", source)
+
+
+def test_a_source_that_gives_nothing_stops_the_run_although_another_works():
+    examples = [example for i in range(60) for example in (text_example(9), bad(i, "broken"))]
+    iterator = packing(examples)
+    with pytest.raises(InputError, match=r"40 of 40 documents read of 'broken' .*40 unreadable.*broken 39: bad record"):
+        list(iterator)
+    assert len(list(packing(examples[:78]))) > 0
+    # Where more may be left out, chance alone leaves out more one after another.
+    assert len(list(packing(examples, max_left_out=0.9))) > 0
+
+
+def test_a_share_left_out_that_is_too_large_stops_the_run():
+    examples = [bad(i) if i % 5 < 3 else text_example(9) for i in range(200)]
+    with pytest.raises(InputError, match=r"61 of 101 documents read of 'mine'.*data\.max_left_out=0\.5"):
+        list(packing(examples))
+    assert counts(packed(packing(examples, max_left_out=0.7)))["unreadable"] == 120
+    with pytest.raises(InputError, match="1 of 1 documents"):
+        list(packing(examples, max_left_out=0.0))
+
+
+def packed(iterator):
+    list(iterator)
+    return iterator
+
+
+def test_the_rate_is_the_same_across_a_resume():
+    examples = [example for i in range(60) for example in (text_example(9), bad(i, "broken"))]
+    iterator = packing(examples)
+    next(iterator)
+    resumed = packing(examples)
+    resumed.set_state(iterator.get_state())
+    with pytest.raises(InputError, match=r"40 of 40 documents read of 'broken'"):
+        list(resumed)
+
+
+def test_each_document_left_out_is_named_once(caplog):
+    epoch = [bad(0), bad(1), *[text_example(9)] * 8]
+    packed(packing(epoch * 5))
+    assert len(caplog.records) == 2
 
 
 def test_it_goes_on_from_any_row():
     examples = random_examples(60)
     for i in range(0, 60, 7):
         examples[i] = text_example(130, f"long {i}")
-    examples[3] = Unreadable("bad record")
+    examples[3] = bad(3)
     iterator = packing(examples)
     states, rows = [iterator.get_state()], []
     for row in iterator:
@@ -107,12 +180,25 @@ def test_it_goes_on_from_any_row():
         assert resumed.get_state() == states[-1]
 
 
-def test_data_that_changed_under_a_saved_run_is_refused():
-    iterator = packing([text_example(40), text_example(120)])
+def test_a_waiting_document_that_changed_is_named_and_left_out_only_if_allowed():
+    iterator = packing([text_example(40, "first"), text_example(120, "second")])
     next(iterator)
-    for changed in ([text_example(40), text_example(60)], [text_example(40), Unreadable("bad record")]):
-        with pytest.raises(InputError, match="The data is not what it was"):
-            packing(changed).set_state(iterator.get_state())
+    state = iterator.get_state()
+    for second, named in ((text_example(60, "second"), "second: it is shorter"), (bad(1), "mine 1: bad record")):
+        changed = [text_example(40, "first"), second]
+        with pytest.raises(InputError, match=rf"not what it was.*'mine'.*{named}.*data\.allow_changes=true"):
+            packing(changed).set_state(state)
+        allowed = packing(changed, allow_changes=True)
+        allowed.set_state(state)
+        assert list(allowed) == []
+        assert counts(allowed).keys() >= {"unreadable"} or counts(allowed)["split"] == 2
+
+
+def test_the_state_does_not_grow_with_the_pieces_of_a_text():
+    iterator = packing([text_example(40), text_example(50 * 5000)])
+    for _ in range(3):
+        next(iterator)
+    assert len(json.dumps(iterator.get_state(), indent=4)) < 1500
 
 
 IMPOSSIBLE = {

@@ -6,13 +6,15 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import PIL.Image
 import pytest
 
-from gemma4_jax.data.mixture import ROUND, Turns, mix_sources
-from gemma4_jax.data.pack import MAX_WARNINGS
-from gemma4_jax.data.pipeline import eval_batches, eval_source, make_train_iterator, read_counters
+from gemma4_jax.data.iterator import read_counters
+from gemma4_jax.data.mixture import ROUND, Turns, mix_sources, open_sources
+from gemma4_jax.data.pipeline import eval_batches, eval_source, make_train_iterator
 from gemma4_jax.data.sources import open_source
 from gemma4_jax.data.sources.digits import DigitsSource
+from gemma4_jax.data.tally import MAX_NAMED
 from gemma4_jax.data.tokenize import DocumentTokenizer
 from gemma4_jax.errors import InputError
 from gemma4_jax.sizes import e2b
@@ -120,12 +122,12 @@ def test_every_document_comes_once_in_an_epoch(make_config, tokenizer, model, tm
     texts = [f"document {i}" for i in range(100)]
     config = make_config(mixture={"mine": 1.0}, sources={"mine": write_jsonl(tmp_path / "mine.jsonl", texts)})
     tokenize = DocumentTokenizer(tokenizer, model.vision, 70)
-    mixed = mix_sources(config.data, tokenize)
+    mixed = mix_sources(config.data, open_sources(config.data), tokenize)
     epochs = [[mixed[i].name for i in range(start, start + 100)] for start in range(0, 1000, 100)]
     assert all(len(set(epoch)) == 100 for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 10
     config.data.seed = 1
-    other = mix_sources(config.data, tokenize)
+    other = mix_sources(config.data, open_sources(config.data), tokenize)
     assert [other[i].name for i in range(100)] not in epochs
 
 
@@ -144,7 +146,8 @@ def test_turns_keep_the_proportions_in_every_shard_and_read_each_source_in_order
 
 
 def test_training_never_sees_what_is_held_out(make_config, tokenizer, model):
-    mixed = mix_sources(make_config(mixture={"python": 1.0}).data, DocumentTokenizer(tokenizer, model.vision, 70))
+    data = make_config(mixture={"python": 1.0}).data
+    mixed = mix_sources(data, open_sources(data), DocumentTokenizer(tokenizer, model.vision, 70))
     source = open_source("python", split="held_out")
     held_out = {source[i].name.split(" part ")[0] for i in range(len(source))}
     assert held_out
@@ -159,22 +162,23 @@ def test_long_text_is_split_and_counted_across_a_resume(make_iterator, make_conf
     iterator = make_iterator(config)
     for _ in range(5):
         next(iterator)
-    counters = read_counters(iterator)
+    counters = read_counters(iterator)["mine"]
     assert counters["split"] > 0
     assert counters["images"] == counters["dropped"] == counters["unreadable"] == 0
     resumed = make_iterator(config)
     resumed.set_state(iterator.get_state())
-    assert read_counters(resumed) == counters
+    assert read_counters(resumed) == {"mine": counters}
 
 
 def test_unreadable_records_are_skipped_counted_and_named(make_iterator, make_config, tokenizer, tmp_path, caplog):
     path = tmp_path / "mine.jsonl"
-    path.write_text('{"text": "good"}\n{"segments": [{"image": "missing.png"}]}\n' * 50)
+    good, missing = '{"text": "good"}\n', '{"segments": [{"image": "missing.png"}]}\n'
+    path.write_text((good + good + missing) * 50)
     iterator = make_iterator(make_config(mixture={"mine": 1.0}, sources={"mine": f"jsonl:{path}"}, seq_len=80))
     assert set(first_texts(iterator, tokenizer, 2)) == {"good"}
-    assert read_counters(iterator)["unreadable"] > 0
-    assert re.search(r"mine\.jsonl line \d*[02468]: the image 'missing\.png'", caplog.text)
-    assert len(caplog.records) <= MAX_WARNINGS
+    assert read_counters(iterator)["mine"]["unreadable"] > 0
+    assert re.search(r"mine\.jsonl line \d+: the image 'missing\.png' is missing", caplog.text)
+    assert len(caplog.records) <= MAX_NAMED
 
 
 def test_data_without_a_readable_record_is_an_error(make_iterator, make_config, tmp_path):
@@ -182,6 +186,50 @@ def test_data_without_a_readable_record_is_an_error(make_iterator, make_config, 
     path.write_text("not json\n")
     with pytest.raises(InputError, match=r"mine\.jsonl line 1"):
         next(make_iterator(make_config(mixture={"mine": 1.0}, sources={"mine": f"jsonl:{path}"})))
+
+
+BAD_STATES = [[], None, {}, {"parent": {}, "waiting": [], "counters": {}}, {"format": 2, "num_workers": 0}]
+
+
+@pytest.mark.parametrize("state", BAD_STATES, ids=str)
+def test_what_is_no_place_in_the_data_is_refused(make_iterator, state):
+    with pytest.raises(InputError, match=r"^The place in the data is damaged.*init\.from_run.*\.$"):
+        make_iterator().set_state(state)
+
+
+def test_a_place_of_another_number_of_workers_is_refused(make_iterator):
+    iterator = make_iterator()
+    with pytest.raises(InputError, match=r"^data\.num_workers=0 is not possible: this run was saved with 2, "):
+        iterator.set_state(iterator.get_state() | {"num_workers": 2})
+
+
+def test_a_damaged_place_is_refused(make_iterator):
+    iterator = make_iterator()
+    state = json.loads(json.dumps(iterator.get_state()).replace('"waiting": []', '"waiting": [3]'))
+    with pytest.raises(InputError, match="The place in the data is damaged"):
+        iterator.set_state(state)
+
+
+def test_a_missing_image_of_a_waiting_document_is_named_at_resume(make_iterator, make_config, tmp_path):
+    for i in range(40):
+        PIL.Image.new("RGB", (60, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    path = tmp_path / "mine.jsonl"
+    lines = [{"segments": [{"image": f"{i}.png"}, {"text": "red\n"}]} for i in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = make_config(mixture={"mine": 1.0}, sources={"mine": f"jsonl:{path}"}, batch_size=1)
+    iterator = make_iterator(config)
+    next(iterator)
+    state = iterator.get_state()
+    for i in range(0, 40, 2):
+        (tmp_path / f"{i}.png").unlink()
+    named = r"'mine'.*mine\.jsonl line \d+: the image '\d+\.png' is missing.*allow_changes=true"
+    with pytest.raises(InputError, match=named):
+        make_iterator(config).set_state(state)
+    config.data.allow_changes = True
+    resumed = make_iterator(config)
+    resumed.set_state(state)
+    next(resumed)
+    assert read_counters(resumed)["mine"]["unreadable"] > 0
 
 
 IMPOSSIBLE = {
@@ -217,7 +265,7 @@ def test_worker_processes_give_every_document_and_resume(make_iterator, make_con
     batches = [next(whole) for _ in range(2)]
     state = whole.get_state()
     batches = [next(whole) for _ in range(3)]
-    assert read_counters(whole)["documents"] > 0
+    assert read_counters(whole)["digits"]["documents"] > 0
     resumed = make_iterator(config)
     resumed.set_state(state)
     for batch in batches:

@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 import re
 
 import numpy as np
@@ -69,6 +70,27 @@ def test_a_config_is_previewed_into_a_file(make_config, model, tmp_path):
     preview(make_config(), model, path)
     assert path.read_text("utf-8").startswith("<!doctype html>")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_documents_left_out_are_listed_with_the_reason(make_config, model, tmp_path):
+    lines = [{"segments": [{"image": "nowhere<.png"}]}, *({"text": f"document {i}"} for i in range(3))]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = make_config(sources={"mine": f"jsonl:{tmp_path}/mine.jsonl"}, mixture={"mine": 1.0})
+    preview(config, model, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    (listed,) = re.findall(r"<div class='left-out'>.*?</div>", page)
+    assert "<b>1 document left out</b>" in listed  # although it comes again and again
+    assert "mine.jsonl line 1: the image &#x27;nowhere&lt;.png&#x27;" in listed
+
+
+def test_a_page_of_one_document_counts_it_as_one(tokenizer, model):
+    tokenize = DocumentTokenizer(tokenizer, model.vision, 70)
+    document = Document((Text("q? ", loss=False), Image(PIXELS)), "one")
+    page = preview_html(
+        [assemble([[tokenize(document)]], RowShape(352, 4, 1120, 48), tokenizer.tokens)], tokenizer, model, 1
+    )
+    assert "1 document · 1 image · " in page
+    assert "left-out'" not in page
 
 
 def test_a_place_that_cannot_be_written_is_refused(make_config, model, tmp_path):

@@ -1,17 +1,20 @@
+import gzip
 import io
 import json
 import os
 import sys
+import tracemalloc
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from gemma4_jax.data.document import Image, Text
-from gemma4_jax.data.images import decode_image
-from gemma4_jax.data.sources import open_source
+from gemma4_jax.data.images import read_pixels
+from gemma4_jax.data.sources import open_source, records
 from gemma4_jax.data.sources.jsonl import JsonlSource
 from gemma4_jax.data.sources.python_source import MAX_CHARACTERS, split_lines
+from gemma4_jax.data.sources.records import MAX_RECORD_BYTES
 from gemma4_jax.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -37,7 +40,7 @@ def test_lines_become_documents(tmp_path):
     assert len(source) == 2
     assert source[0].segments == (Text("one"),)
     image, question, answer = source[1].segments
-    np.testing.assert_array_equal(decode_image(image.content), PIXELS)
+    np.testing.assert_array_equal(read_pixels(image.content), PIXELS)
     assert image.max_soft_tokens == 70
     assert (question, answer) == (Text("what? ", loss=False), Text("ä\n"))
     assert source[1].name == "data.jsonl line 3"
@@ -81,11 +84,16 @@ def test_images_stay_inside_the_folder(tmp_path):
     (tmp_path / "secret.png").write_bytes(png())
     (inside / "link.png").symlink_to(tmp_path / "secret.png")
     os.mkfifo(inside / "pipe.png")
+    (inside / "loop.png").symlink_to("loop.png")
     for path, message in [
         ("../secret.png", "outside"),
         (str(tmp_path / "secret.png"), "outside"),
         ("link.png", "outside"),
-        ("missing.png", "not a file"),
+        ("missing.png", "'missing.png' is missing: put it into"),
+        ("loop.png", "a link that leads back to itself"),
+        ("loop.png/a.png", "line 1: the image"),
+        ("https://example.org/a.png", "is a URL: save it as a file"),
+        ("data:image/png;base64,AAAA", "is a URL"),
         (".", "not a file"),
         ("pipe.png", "not a file"),
         ("a\0b", "line 1"),
@@ -99,6 +107,112 @@ def test_images_stay_inside_the_folder(tmp_path):
 def test_a_missing_file_is_refused():
     with pytest.raises(InputError, match=r"'jsonl:/nowhere\.jsonl' cannot be read: No such file"):
         open_source("jsonl:/nowhere.jsonl")
+
+
+def test_an_array_of_objects_is_read_element_by_element(tmp_path):
+    texts = ["ä ü", 'quotes " and ] and \\ ', "third"]
+    for form in ({"indent": 1}, {"ensure_ascii": False}, {"separators": (",", ":")}):
+        path = tmp_path / "array.json"
+        path.write_text(" \n" + json.dumps([{"text": text} for text in texts], **form) + "\n", "utf-8")
+        source = JsonlSource(str(path))
+        assert [source[i].segments[0].text for i in range(len(source))] == texts
+        assert source[2].name == "array.json element 3"
+
+
+WRONG_FORMS = {
+    "begins like a JSON array and is none": b'[{"text": "a"}\n{"text": "b"}]\n',
+    "Extra data after the array": b'[{"text": "a"}]\n{"text": "b"}\n',
+    "begins like a JSON array": b"[" * 100_000,
+    "its first line goes on in the next": b'{\n  "text": "a"\n}\n',
+    "compressed by gzip": gzip.compress(b'{"text": "a"}\n'),
+    "a ZIP archive": b"PK\x03\x04" + b"\0" * 100,
+    "a Parquet file": b"PAR1\x15\x04",
+    "text in UTF-16: save it in UTF-8": '{"text": "a"}\n'.encode("utf-16"),
+    "binary, or text in UTF-16": '{"text": "a"}\n'.encode("utf-16-le"),
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+}
+
+
+@pytest.mark.parametrize("message", WRONG_FORMS)
+def test_a_file_of_another_form_is_refused_by_its_first_bytes(tmp_path, message):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(WRONG_FORMS[message])
+    with pytest.raises(InputError, match=rf"'jsonl:{path}' .*{message}.*\.$"):
+        JsonlSource(str(path))
+
+
+def test_an_empty_array_has_no_documents(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("[ ]\n")
+    with pytest.raises(InputError, match="has no documents"):
+        open_source(f"jsonl:{path}")
+
+
+@pytest.mark.parametrize("place", [".", "pipe", "s3://bucket/data.jsonl"])
+def test_what_is_no_file_is_refused(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(InputError, match=rf"'jsonl:{place}' is (not a file|a URL)"):
+        open_source(f"jsonl:{place}")
+
+
+def test_a_huge_line_is_neither_held_nor_read(tmp_path):
+    path = tmp_path / "data.jsonl"
+    with path.open("w") as file:
+        file.write('{"text": "one"}\n{"text": "' + "x" * 30_000_000 + '"}\n{"text": "three"}')
+    tracemalloc.start()
+    source = JsonlSource(str(path))
+    with pytest.raises(InputError, match=r"line 2: a record of 30000013 bytes is refused: at most 4194304"):
+        source[1]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * MAX_RECORD_BYTES
+    assert [source[i].segments[0].text for i in (0, 2)] == ["one", "three"]
+
+
+@pytest.mark.parametrize("kind", [{"text": "a"}, {"image": "a.png"}])
+def test_a_document_has_no_more_parts_than_the_limit(tmp_path, kind):
+    source = JsonlSource(str(write_lines(tmp_path, {"segments": [kind] * 4097})))
+    with pytest.raises(InputError, match=r"4097 segments .* refused"):
+        source[0]
+
+
+def test_a_file_that_went_away_makes_unreadable_documents(tmp_path):
+    path = write_lines(tmp_path, {"text": "one"})
+    source = JsonlSource(str(path))
+    path.unlink()
+    with pytest.raises(InputError, match="line 1: the file cannot be read"):
+        source[0]
+
+
+def test_data_is_known_by_what_it_holds(tmp_path, monkeypatch):
+    (tmp_path / "moved").mkdir()
+    path, moved = (write_lines(folder, {"text": "one"}, {"text": "two"}) for folder in (tmp_path, tmp_path / "moved"))
+    monkeypatch.chdir(tmp_path)
+    known = open_source(f"jsonl:{path}").fingerprint()
+    assert known == open_source(f"jsonl:{moved}").fingerprint() == open_source("jsonl:./data.jsonl").fingerprint()
+    for changed in ([{"text": "one"}, {"text": "twO"}], [{"text": "one"}, {"text": "two"}, {"text": "three"}]):
+        write_lines(tmp_path, *changed)
+        assert open_source(f"jsonl:{path}").fingerprint() != known
+    assert json.loads(json.dumps(known)) == known
+    assert open_source("digits").fingerprint() == {"kind": "digits", "version": 1}
+
+
+def test_a_large_file_is_known_by_its_size_and_some_of_its_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "WHOLE_BYTES", 2**20)
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(2**30)  # a file of holes
+    known = records.file_fingerprint(path)
+    for place in (0, 2**30 - 1):
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        changed = records.file_fingerprint(path)
+        assert changed != known
+        known = changed
+    os.truncate(path, 2**30 + 1)
+    assert records.file_fingerprint(path) != known
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -175,10 +289,12 @@ def test_a_tfds_example_becomes_image_prompt_and_label(data_dir):
     for index in range(5):
         image, prompt, label = source[index].segments
         assert isinstance(image, Image)
-        np.testing.assert_array_equal(decode_image(image.content), PIXELS)
+        np.testing.assert_array_equal(read_pixels(image.content), PIXELS)
         assert prompt == Text("what is it? ", loss=False)
         names.add(label.text)
     assert names == {"cat", "dog"}
+    fingerprint = source.fingerprint()
+    assert (fingerprint["data_set"], fingerprint["documents"]) == ("pictures/1.0.0/train", 5)
     assert "tensorflow" not in sys.modules
 
 

@@ -222,7 +222,7 @@ def test_everything_that_is_wrong_is_told_at_once(weights, config, tmp_path):
     for layer in (0, 1, 3):
         del damaged[f"model.language_model.layers.{layer}.mlp.up_proj.weight"]
     del damaged["model.vision_tower.std_bias"]
-    damaged["lm_head.weight"] = damaged["model.language_model.embed_tokens.weight"]
+    damaged["model.head.weight"] = damaged["model.language_model.embed_tokens.weight"]
     damaged["model.language_model.layers.9.layer_scalar"] = np.ones(1, np.float32)
     for layer in (0, 2):
         name = f"model.language_model.layers.{layer}.self_attn.q_proj.weight"
@@ -235,7 +235,7 @@ def test_everything_that_is_wrong_is_told_at_once(weights, config, tmp_path):
         "model.language_model.layers.{0-1,3}.mlp.up_proj.weight",
         "model.vision_tower.std_bias",
         "2 tensors unexpected (",
-        "lm_head.weight",
+        "model.head.weight",
         "layers.{9}.layer_scalar",
         "2 tensors of another shape (",
         "model.language_model.layers.{0,2}.self_attn.q_proj.weight is [64, 5], not [64, 64]",
@@ -394,3 +394,35 @@ def test_two_processes_share_the_work(weights, config, tmp_path):
         assert process.returncode == 0, output
     for path in (tmp_path / "in").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+HEAD, TABLE = "lm_head.weight", "model.language_model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stored_head_that_is_the_embedding(dtype, weights, config, tmp_path):
+    cast = {name: array.astype(dtype) for name, array in weights.items()}
+    checkpoint = Checkpoint(write(tmp_path / "in", cast | {HEAD: cast[TABLE]}, config))
+    assert checkpoint.files.keys() == weights.keys()
+    loaded = values(load_state(checkpoint, abstract(config), config))
+    np.testing.assert_array_equal(loaded["embedder.table"], cast[TABLE].astype(np.float32))
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_head_of_its_own_is_refused(place, weights, config, tmp_path):
+    head = weights[TABLE].copy()
+    head.reshape(-1)[place] += 1
+    with pytest.raises(
+        InputError, match=r"lm_head\.weight is not the token embedding, and only models whose head is tied"
+    ):
+        Checkpoint(write(tmp_path / "in", weights | {HEAD: head}, config))
+    with pytest.raises(InputError, match="is not the token embedding"):
+        Checkpoint(write(tmp_path / "other", weights | {HEAD: head[:-1]}, config))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_named(name, folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises(InputError, match=rf"{name} is a git-lfs pointer.*run `git lfs pull`"):
+        Checkpoint(folder)

@@ -29,7 +29,10 @@ from gemma4_jax.train.checkpoint import Checkpoints
 from gemma4_jax.train.state import TrainState
 from tests.hf import samples
 
-FILES = {"config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+FILES = {
+    "README.md", "config.json", "generation_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,20 @@ def test_a_run_is_exported_from_its_last_checkpoint(run_dir, config, weights, tm
     assert (image_processor["max_soft_tokens"], image_processor["patch_size"]) == (140, config.vision.patch_size)
 
 
+def test_a_run_is_exported_with_the_tokenizer_that_it_carries(run_dir, tmp_path):
+    content = json.loads((run_dir / "config.json").read_text()) | {"tokenizer": "gone/tokenizer.json"}
+    (run_dir / "config.json").write_text(json.dumps(content))
+    own = run_dir / "tokenizer" / "tokenizer.json"
+    with pytest.raises(InputError, match=rf"copy that tokenizer\.json to {own}"):
+        export_run(run_dir, tmp_path / "out")
+    own.parent.mkdir()
+    own.write_bytes(Tokenizer.load("bundled").path.read_bytes())
+    own.with_name("chat_template.jinja").write_text("{{ messages }}")
+    export_run(run_dir, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == own.read_bytes()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
 def test_only_a_newer_export_is_kept(run_dir, tmp_path):
     out, checkpoint = tmp_path / "out", run_dir / "checkpoints" / "10" / "model"
     assert export_run(run_dir, out, keeps_newer=True)
@@ -198,8 +215,9 @@ def test_what_is_not_a_run(run_dir, tmp_path):
     (tmp_path / "other" / "config.json").write_bytes((run_dir / "config.json").read_bytes())
     with pytest.raises(InputError, match="no checkpoint"):
         export_run(tmp_path / "other", out)
-    (run_dir / "checkpoints" / "10" / "model" / "_METADATA").unlink()
-    with pytest.raises(InputError, match="cannot be read"):
+    for step in ("1", "10"):
+        (run_dir / "checkpoints" / step / "model" / "_METADATA").unlink()
+    with pytest.raises(InputError, match="no intact checkpoint"):
         export_run(run_dir, out)
     assert not out.exists()
 
@@ -340,4 +358,5 @@ def test_a_text_model_has_no_processor_and_no_tower(config, tmp_path):
 
 
 def test_the_name_of_carried_tensors_is_not_one_of_an_export():
-    assert save._OUR_FILES.fullmatch(CARRIED) is None
+    assert CARRIED not in save._OUR_FILES
+    assert save._WEIGHTS.fullmatch(CARRIED) is None

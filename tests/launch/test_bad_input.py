@@ -1,15 +1,20 @@
 """Whatever is wrong with what a command is given: one sentence on stderr, exit status 2, nothing half-done."""
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from gemma4_jax.errors import InputError
 from gemma4_jax.launch import cli, run_config
-from gemma4_jax.train.run_dir import open_run_dir
+from gemma4_jax.train.lock import RunLock
+from gemma4_jax.train.loop import _summary_of_finished
+from gemma4_jax.train.run_dir import open_run_dir, run_tokenizer
 
 TINY = Path(__file__).parents[1] / "train" / "tiny.py"
 
@@ -32,6 +37,14 @@ MISTAKES = [
     ("--config.data.mixture=digits", "data.mixture='digits'", "a dictionary"),
     ("--config.data.mixture={'digits': 'all'}", "data.mixture.digits='all'", "a finite number"),
     ("--config.data.sources={'mine': 3}", "data.sources.mine=3", "text"),
+    (
+        "--config.data.sources.mine=jsonl:a",
+        "data.sources.mine=jsonl:a",
+        """--config.data.sources="{'mine': 'jsonl:a'}\"""",
+    ),
+    ("--config.data.mixture.mine=0.5", "data.mixture.mine=0.5", """--config.data.mixture="{'mine': 0.5}\""""),
+    ("--config.data.max_left_out=1", "data.max_left_out=1.0", "less than 1"),
+    ("--config.data.long_masked=split", "data.long_masked='split'", "one of drop, cut_context"),
     ("--config.train={'num_steps': 5}", "train.compute_dtype", "missing"),
     ("--config.train.num_steps", "--config.train.num_steps", "Missing value"),
     ("--config.model.audio=1", "model.audio=1", "only a config file can set it"),
@@ -45,6 +58,11 @@ MISTAKES = [
     ("--config.train.remat=half", "train.remat='half'", "one of none, dots, full"),
     ("--config.train.compute_dtype=float16", "train.compute_dtype='float16'", "bfloat16"),
     ("--config.data.soft_tokens_per_image=100", "data.soft_tokens_per_image=100", "70, 140, 280, 560, 1120"),
+    ("--config.run_dir=gs://bucket/run", "run_dir='gs://bucket/run'", "a local path; mount a bucket"),
+    ("--config.tokenizer=hf://model", "tokenizer='hf://model'", "a local path"),
+    ("--config.init.from_hf=s3://bucket/model", "init.from_hf='s3://bucket/model'", "a local path"),
+    ("--config.init.from_run=s3://bucket/run", "init.from_run='s3://bucket/run'", "a local path"),
+    ("--config.export.dir=gs://bucket/out", "export.dir='gs://bucket/out'", "a local path"),
     # impossible combinations
     ("--config.model.text.num_kv_heads=3", "model.text.num_kv_heads=3", "a divisor of num_heads="),
     ("--config.model.text.num_layers=5", "model.text.num_layers=5", "whole periods"),
@@ -82,7 +100,7 @@ def test_override(override, names, says, capsys, tmp_path, monkeypatch):
 
 def assert_one_sentence(captured, status, *parts):
     assert status == 2
-    assert captured.out == ""
+    assert all(line.endswith(" ...") or line.startswith("opened the data in") for line in captured.out.splitlines())
     message = captured.err
     assert message.startswith("gemma4: ")
     assert message.count("\n") == 1
@@ -145,6 +163,22 @@ def test_config_file(source, parts, capsys, tmp_path):
     assert_one_sentence(capsys.readouterr(), status, *parts)
 
 
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ("base:smal", ["'smal' is not a size", "e2b", "small"]),
+        ("quickstart:small", ["quickstart.py takes no argument", "leave out :small"]),
+        ("{path}", ["needs an argument", "mine.py:ARGUMENT"]),
+        ("quickstrat:small", ["neither a .py file nor a shipped config", "nearest is quickstart"]),
+    ],
+)
+def test_the_argument_of_a_config(given, parts, capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def get_config(size):\n    return size\n")
+    status = cli.main(["train", f"--config={given.format(path=path)}"])
+    assert_one_sentence(capsys.readouterr(), status, *parts)
+
+
 def test_a_folder_is_not_a_config(capsys, tmp_path):
     (tmp_path / "folder.py").mkdir()
     status = cli.main(["train", f"--config={tmp_path}/folder.py"])
@@ -172,12 +206,39 @@ def test_a_run_directory_that_cannot_be_written(place, capsys, tmp_path):
 def test_a_run_directory_of_a_different_config(capsys, tmp_path):
     config = run_config.load(TINY)
     config.run_dir = str(tmp_path / "run")
-    open_run_dir(config)
+    open_run_dir(config, run_tokenizer(config))
     before = contents(tmp_path)
     status = train(tmp_path / "run", "--config.optimizer.learning_rate=0.5", "--config.data.seed=1")
     differing = "data.seed was 0 and is now 1; optimizer.learning_rate was 0.003 and is now 0.5"
     assert_one_sentence(capsys.readouterr(), status, f"({differing})", "another run_dir, or the same config")
     assert contents(tmp_path) == before
+
+
+def test_a_run_directory_that_is_in_use(capsys, tmp_path):
+    run_dir = tmp_path / "run"
+    with RunLock(run_dir, print):
+        (run_dir / "metrics.jsonl").write_text("half a li")
+        before = contents(run_dir)
+        status = train(run_dir, "--config.eval.num_documents=2")
+        names = (f"run_dir='{run_dir}' is in use by process {os.getpid()} on ", " since 20", "give another run_dir")
+        assert_one_sentence(capsys.readouterr(), status, *names)
+        assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b"3"])
+def test_a_config_in_a_run_directory_that_is_none(content, tmp_path):
+    config = run_config.load(TINY)
+    config.run_dir = str(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"holds a config.json that is not [^:]*(\(.*\))?: give another run_dir"):
+        open_run_dir(config)
+
+
+def test_a_summary_in_a_run_directory_that_is_none(tmp_path):
+    for content in (b"{", b"[]", b"3", b"{}", b"\xff", b"[" * 100_000):
+        (tmp_path / "summary.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"summary.json cannot be read as the summary of a run: remove it"):
+            _summary_of_finished(tmp_path, 5, 5)
 
 
 def of_lines(path: Path, *records: dict) -> list[str]:
@@ -233,26 +294,32 @@ def test_a_data_set_of_which_nothing_can_be_read(capsys, tmp_path):
     write_images(tmp_path)
     status = train(tmp_path / "run", *of_lines(tmp_path / "mine.jsonl", {"segments": [{"image": "broken.png"}]}))
     assert_one_sentence(
-        capsys.readouterr(), status, "100 documents one after another", "mine.jsonl line 1", "cannot be decoded", "PNG"
+        capsys.readouterr(),
+        status,
+        "40 of 40 documents read of 'mine'",
+        "mine.jsonl line 1: broken.png: ",
+        "cannot be decoded",
+        "PNG",
     )
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.slow
-def test_bad_documents_are_left_out_counted_and_reported(caplog, tmp_path):
+def test_bad_documents_are_left_out_counted_and_reported(caplog, capsys, tmp_path):
     """A corrupt image, more images than a row has room for, and a text longer than a row; the rest is trained on."""
     write_images(tmp_path)
     good, broken = ({"image": f"{name}.png"} for name in ("good", "broken"))
-    records = [{"segments": segments} for segments in ([good], [broken], [good, good, good])]
+    answer = {"text": "an answer"}
+    records = [{"segments": [*images, answer]} for images in ([good], [broken], [good, good, good], [good])]
     overrides = of_lines(tmp_path / "mine.jsonl", *records, {"text": "x = 1\n" * 100})
     one_period = ["--config.model.text.num_layers=2", "--config.model.text.num_kv_shared_layers=0"]
     short = ["--config.train.num_steps=3", "--config.export.at_end=false"]
     assert train(tmp_path / "run", *overrides, *one_period, *short) == 0
     counts = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
-    assert counts.keys() == {"documents", "images", "split", "dropped", "unreadable"}
-    assert min(counts.values()) > 0
-    assert f"unreadable {counts['unreadable']}" in (tmp_path / "run" / "report.html").read_text()
-    assert "mine.jsonl line 2: An image file cannot be decoded" in caplog.text
+    counts = counts["mine"]
+    assert min(counts[name] for name in ("documents", "images", "split", "dropped", "unreadable")) > 0
+    assert "documents read of 'mine' were left out (" in capsys.readouterr().out
+    assert "mine.jsonl line 2: broken.png: an image cannot be decoded" in caplog.text
     assert "mine.jsonl line 3: " in caplog.text
     assert "data.images_per_row=2" in caplog.text
 
@@ -268,7 +335,16 @@ def test_an_export_of_what_is_no_run(capsys, tmp_path):
 def test_an_export_of_a_run_without_a_checkpoint(capsys, tmp_path):
     config = run_config.load(TINY)
     config.run_dir = str(tmp_path / "run")
-    open_run_dir(config)
+    open_run_dir(config, run_tokenizer(config))
     status = cli.main(["export", config.run_dir, str(tmp_path / "out")])
     assert_one_sentence(capsys.readouterr(), status, f"{tmp_path / 'run'} holds no checkpoint: train it first")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk(capsys, monkeypatch):
+    def write(_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/mine/metrics.jsonl")
+
+    monkeypatch.setattr("gemma4_jax.launch.export.main", write)
+    status = cli.main(["export", "run", "out"])
+    assert_one_sentence(capsys.readouterr(), status, "/runs/mine/metrics.jsonl cannot be written: the disk is full")

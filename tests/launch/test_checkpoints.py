@@ -1,6 +1,8 @@
 """`gemma4 convert`, `gemma4 generate` and runs that begin from a checkpoint, through the command line."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -9,6 +11,7 @@ import PIL.Image
 import pytest
 
 import gemma4_jax
+from gemma4_jax.hf.integrity import CHECKSUMS
 from gemma4_jax.hf.names import tensors
 from gemma4_jax.hf.save import CARRIED, export_run
 from gemma4_jax.launch import cli, run_config
@@ -150,6 +153,15 @@ def test_generate(release, picture, capsys):
     assert (status, out) == (0, expected + "\n")
 
 
+def test_generate_from_a_run_is_as_from_its_export(release, converted, capsys):
+    """`converted` is the run directory that `release` became; both have a chat template."""
+    answers = [
+        run(capsys, "generate", folder, "--prompt=What?", "--max_new_tokens=6") for folder in (release, converted)
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -170,6 +182,83 @@ def test_generate_refuses_once_the_model_is_there(release, capsys):
     error = refused(capsys, "generate", release, "--prompt=x", "--image=/nowhere/x.png")
     assert "/nowhere/x.png cannot be read" in error
     assert "temperature=-1.0" in refused(capsys, "generate", release, "--prompt=x", "--temperature=-1")
+    assert "top_k=5 does nothing at temperature=0" in refused(capsys, "generate", release, "--prompt=x", "--top_k=5")
+
+
+def test_generate_says_where_an_image_stands_in_a_text(release, picture, tmp_path, capsys):
+    for path in release.iterdir():
+        if path.name != "chat_template.jinja":
+            (tmp_path / path.name).symlink_to(path)
+    error = refused(capsys, "generate", tmp_path, "--prompt=x", f"--image={picture}")
+    assert "0 places for images, and 1 are given: write <|image|> in a text" in error
+
+
+@pytest.fixture
+def damaged(converted, tmp_path) -> Path:
+    """A run with an intact checkpoint of step 0 and one of step 1 in which a byte was flipped."""
+    shutil.copytree(converted, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "0", folder / "1")
+    file = max((folder / "1").glob("model/**/d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return tmp_path / "run"
+
+
+def test_check(converted, damaged, capsys, tmp_path):
+    status, out, _ = run(capsys, "check", converted)
+    assert status == 0
+    assert re.fullmatch(r"step 0: intact, \d+ files of \d+\.\d MB compared by their checksums\n", out)
+    status, out, error = run(capsys, "check", damaged)
+    assert status == 2
+    assert re.search(r"step 0: intact.*\nstep 1: damaged, the bytes of model/.* are not those that were written\n", out)
+    assert error == (
+        f"gemma4: 1 of 2 checkpoints in {damaged} are damaged (step 1): a run goes on from the newest intact one.\n"
+    )
+    (damaged / "checkpoints" / "1" / CHECKSUMS).unlink()
+    status, out, _ = run(capsys, "check", damaged)
+    assert status == 0
+    assert out.endswith("step 1: unknown, it was written without checksums\n")
+    assert "holds no checkpoint" in refused(capsys, "check", tmp_path)
+    assert "one RUN_DIR" in refused(capsys, "check")
+
+
+def test_an_export_is_of_the_newest_intact_checkpoint_and_says_so(release, damaged, capsys, tmp_path):
+    status, _, error = run(capsys, "export", damaged, tmp_path / "out")
+    assert status == 0
+    assert re.fullmatch(r"gemma4: checkpoint .*/1 is damaged: .*; the checkpoint of step 0 is taken\.\n", error)
+    assert checkpoints.stored(tmp_path / "out") == checkpoints.stored(release)
+    assert (damaged / "checkpoints" / "1").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export RUN gs://b/out",
+        "export gs://b/run OUT",
+        "convert s3://b/in OUT",
+        "convert RUN s3://b/out",
+        "check gs://b/run",
+        "generate gs://b/model --prompt=x",
+        "generate RUN --prompt=x --image=gs://b/x.png",
+        "preview --config=base --out=gs://b/x.html",
+        "train --config=gs://b/x.py",
+    ],
+)
+def test_an_address_is_refused(command, converted, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = command.replace("RUN", str(converted)).replace("OUT", "out").split()
+    assert "must be a local path; mount a bucket" in refused(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_of_the_user(converted, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(converted, tmp_path / "run")
+    assert run(capsys, "export", "~/run", "~/out")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_help(capsys):

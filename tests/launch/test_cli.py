@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemma4_jax.launch import cli, run_config
-from gemma4_jax.train import loop
+from gemma4_jax.train.interruption import Interruption
 
 
 def test_help_lists_every_command(capsys):
@@ -109,7 +109,8 @@ def test_a_handler_of_jax_or_of_train_stays(monkeypatch, tmp_path):
         calls.append(signal.getsignal(signal.SIGTERM))
 
     def train(*_):
-        with loop._Preemption():
+        with Interruption(print) as interruption:
+            interruption.has_unsaved = True
             signal.raise_signal(signal.SIGTERM)
             calls.append("saves")
 

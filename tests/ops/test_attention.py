@@ -46,6 +46,21 @@ def test_spans_are_what_the_specification_says_of_every_pair(window, is_bidirect
             assert mask[b, t, s] == expected, (b, t, s)
 
 
+@pytest.mark.parametrize(
+    ("window", "is_bidirectional", "drawn"),
+    [
+        (None, False, ["x.......", "xx......", "xxx.....", "xxxx....", "xxxxx...", ".....x..", ".....xx.", ".......x"]),
+        (2, False, ["x.......", "xx......", ".xx.....", "..xx....", "...xx...", ".....x..", ".....xx.", ".......x"]),
+        (2, True, ["x.......", "xxxx....", ".xxx....", "..xx....", "...xx...", ".....x..", ".....xx.", ".......x"]),
+    ],
+)
+def test_masks_drawn_by_hand(window, is_bidirectional, drawn):
+    """A token, an image of three soft tokens and a token; a document of two tokens; padding. Queries go down."""
+    segments, images = np.array([[1, 1, 1, 1, 1, 2, 2, 0]]), np.array([[0, 1, 1, 1, 0, 0, 0, 0]])
+    mask = spans_of(segments, images if is_bidirectional else None, window).mask(8)[0]
+    assert ["".join("x" if sees else "." for sees in line) for line in mask] == drawn
+
+
 def test_inside_an_image_the_window_bounds_the_look_back_only():
     block = np.ones((1, 6), int)
     np.testing.assert_array_equal(spans_of(block, block, 2).mask(6)[0], np.triu(np.ones((6, 6), bool), -1))

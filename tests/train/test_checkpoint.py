@@ -1,3 +1,6 @@
+import dataclasses
+import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 from flax import nnx
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.hf.integrity import CHECKSUMS, newest_intact, verify
 from gemma4_jax.layers import Buffer
 from gemma4_jax.train import checkpoint
 from gemma4_jax.train.checkpoint import Checkpoints
@@ -127,13 +131,123 @@ def test_what_the_data_says_is_not_said_of_the_checkpoint(run_dir: Path, monkeyp
     checkpoints.close()
 
 
-def test_a_damaged_checkpoint_is_refused(run_dir: Path):
-    for file in (run_dir / "checkpoints" / "6" / "data").iterdir():
-        file.unlink()
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+DAMAGES = {flip: "are not those that were written", halve: "bytes of", empty: "0 bytes of", Path.unlink: "missing"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_any_damage_to_any_file_is_found_and_the_one_before_is_taken(run_dir: Path, damage):
+    folder, sound = run_dir / "checkpoints" / "6", run_dir / "sound"
+    folder.rename(sound)
+    files = [file for file in sound.glob("*/**/*") if file.is_file() and file.stat().st_size]
+    assert {file.relative_to(sound).parts[0] for file in files} == {"model", "training", "data"}
+    for file in files:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(sound, folder)
+        name = file.relative_to(sound).as_posix()
+        damage(folder / name)
+        reason = (
+            rf"^checkpoint {folder} is damaged: .*{re.escape(name)} .*{DAMAGES[damage]}.*; the checkpoint of step 4 is"
+        )
+        with pytest.warns(UserWarning, match=reason):
+            assert newest_intact(run_dir) == 4
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_its_step_can_be_saved_again(run_dir: Path):
+    flip(next((run_dir / "checkpoints" / "6" / "model" / "d").iterdir()))
+    with pytest.warns(UserWarning, match="is damaged"):
+        checkpoints = Checkpoints(run_dir, keep=2)
+    assert checkpoints.latest_step == 4
+    iterator, state = make_iterator(), make_state()
+    checkpoints.restore(4, abstract_of(state), iterator)
+    assert next(iterator) == 4
+    checkpoints.save(6, state, iterator)
+    checkpoints.close()
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["4", "6", "6.damaged"]
+    assert verify(run_dir / "checkpoints" / "6").by == "checksums"
+
+
+def test_where_no_checkpoint_is_intact_nothing_is_restored_or_moved(run_dir: Path):
+    for step in ("4", "6"):
+        halve(next((run_dir / "checkpoints" / step / "data").glob("*.json")))
+    with pytest.raises(
+        InputError, match=r"holds no intact checkpoint \(.*6 is damaged: .*4 is damaged: .*restore these"
+    ):
+        Checkpoints(run_dir, keep=2)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["4", "6"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"files": {"model/x": 3}}', '{"files": {"model/x": {"bytes": "1"}}}']
+)
+def test_a_damaged_list_of_checksums_is_damage(run_dir: Path, content: str):
+    folder = run_dir / "checkpoints" / "6"
+    (folder / CHECKSUMS).write_text(content)
+    assert f"{CHECKSUMS} cannot be read" in (verify(folder).damage or "")
+
+
+def test_what_orbax_keeps_beside_the_items_is_not_needed(run_dir: Path):
+    """It is written after the checksums."""
+    for file in (run_dir / "checkpoints" / "6").iterdir():
+        if file.is_file() and file.name != CHECKSUMS:
+            file.write_bytes(b"{")
     checkpoints = Checkpoints(run_dir, keep=2)
+    checkpoints.restore(6, abstract_of(make_state()), make_iterator())
+    checkpoints.close()
+
+
+def test_a_checkpoint_without_checksums_is_restored_with_a_warning_or_refused_in_a_sentence(run_dir: Path, caplog):
+    folder = run_dir / "checkpoints" / "6"
+    (folder / CHECKSUMS).unlink()
+    with pytest.warns(UserWarning, match="6 has no checksums"):
+        checkpoints = Checkpoints(run_dir, keep=2)
+    checkpoints.restore(6, abstract_of(make_state()), make_iterator())
+    for file in (folder / "training" / "d").iterdir():
+        halve(file)
     with pytest.raises(InputError, match=r"checkpoint .*6 cannot be restored: .*delete that folder to go on"):
         checkpoints.restore(6, abstract_of(make_state()), make_iterator())
-    shutil.rmtree(run_dir / "checkpoints" / "6" / "model")
-    with pytest.raises(InputError, match=r"checkpoint .*6 cannot be read: .*delete that folder to go on"):
-        checkpoints.restore(6, abstract_of(make_state()), make_iterator())
+    assert not [record for record in caplog.records if record.exc_info]
     checkpoints.close()
+
+
+def test_sizes_only(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path, keep=1, checksums=False)
+    checkpoints.save(1, make_state(), make_iterator())
+    checkpoints.close()
+    folder = tmp_path / "checkpoints" / "1"
+    assert verify(folder).by == "sizes"
+    file = next((folder / "model" / "d").iterdir())
+    flip(file)
+    assert verify(folder).damage is None
+    halve(file)
+    assert "bytes of" in (verify(folder).damage or "")
+
+
+def test_a_save_that_fails_is_one_sentence_and_leaves_the_earlier_ones(run_dir: Path, caplog):
+    checkpoints, state = Checkpoints(run_dir, keep=1), make_state(size=1 << 16)
+    noise = jax.tree.map(lambda x: jax.random.normal(state.rng, x.shape), state.opt_state)  # it cannot be compressed
+    state = dataclasses.replace(state, opt_state=noise)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # as on a full disk, for files of that size
+    try:
+        checkpoints.save(8, state, make_iterator())
+        with pytest.raises(InputError, match=r"^checkpoint .*/8 could not be saved \(file too large\).* from step 6"):
+            checkpoints.save(9, state, make_iterator())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints.close()
+    assert not [record for record in caplog.records if record.exc_info]
+    assert newest_intact(run_dir) == 6

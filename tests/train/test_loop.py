@@ -1,11 +1,22 @@
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flax import nnx
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.hf.save import export_state
 from gemma4_jax.launch.run_config import model_config
+from gemma4_jax.sharding import make_mesh
+from gemma4_jax.tokenizer import Tokenizer
+from gemma4_jax.train import loop
+from gemma4_jax.train.checkpoint import Checkpoints
+from gemma4_jax.train.initialize import initial_values
 from gemma4_jax.train.loop import train
+from gemma4_jax.train.state import abstract_state, create_state
 
 SUMMARY = [
     "steps", "eval_loss", "eval_exact_match", "eval_exact_match_blank_images", "tokens_per_second",
@@ -28,14 +39,23 @@ def records_of(run_dir: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_everything_and_a_finished_one_is_left_alone(short_config, capsys):
+def test_a_run_leaves_everything_and_a_finished_one_is_left_alone(short_config, capsys, monkeypatch):
+    events, save, evaluate = [], Checkpoints.save, loop.evaluate
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: events.append(step) or save(self, step, *rest))
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **kw: events.append("evaluate") or evaluate(*args, **kw))
     summary = train(short_config, model_config(short_config))
+    # What is due at the same step is saved first. The last evaluation is that of blank images.
+    assert events == [2, "evaluate", 4, 5, "evaluate", "evaluate"]
+    said = [line.split(" in ")[0] for line in capsys.readouterr().out.splitlines() if not line.startswith("step")]
+    stages = ["opened the data", "made the parameters", "compiled the training step", "compiled the evaluation"]
+    assert said[1:8:2] == stages
+    assert all(line.endswith(" ...") for line in said[0:8:2])
     run_dir = Path(short_config.run_dir)
     assert set(SUMMARY) <= set(summary)
     assert json.loads((run_dir / "summary.json").read_text()) == summary
     assert summary["steps"] == 5
     assert 0 < summary["packing_efficiency"] <= 1
-    assert summary["data"]["documents"] > 0
+    assert summary["data"]["digits"]["documents"] > 0
     records = records_of(run_dir)
     assert [r["step"] for r in records if "loss" in r] == [2, 4, 5]
     assert [r["step"] for r in records if "eval_loss" in r] == [3, 5]
@@ -55,17 +75,55 @@ def test_a_run_leaves_everything_and_a_finished_one_is_left_alone(short_config, 
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(short_config):
-    short_config.optimizer.learning_rate, short_config.optimizer.warmup_steps = 1e18, 0
-    short_config.checkpoint.every_steps = 1
-    with pytest.raises(InputError, match=r"not a number at step \d+.*less than optimizer.learning_rate=1e\+18"):
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(short_config, monkeypatch):
+    steps, next_batch = itertools.count(1), loop._Run._next_batch
+
+    def break_third(run):
+        batch, data_wait = next_batch(run)
+        weights = batch.loss_weights * np.float32(np.nan if next(steps) == 3 else 1)
+        return dataclasses.replace(batch, loss_weights=weights), data_wait
+
+    monkeypatch.setattr(loop._Run, "_next_batch", break_third)
+    short_config.checkpoint.every_steps = short_config.checkpoint.keep = 1
+    short_config.eval.num_documents = 2
+    says = r"not a number at step 3 .*less than optimizer.learning_rate=0.003, perhaps from the checkpoint of step 2"
+    with pytest.raises(InputError, match=says):
         train(short_config, model_config(short_config))
     run_dir = Path(short_config.run_dir)
-    stopped_at = records_of(run_dir)[-1]["step"]
-    kept = [int(path.name) for path in (run_dir / "checkpoints").iterdir()]
-    assert kept
-    assert max(kept) < stopped_at
+    assert records_of(run_dir)[-1]["step"] == 3
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["2"]
     assert not (run_dir / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_what_begins_broken_blames_what_it_begins_from(short_config, tmp_path):
+    model = model_config(short_config)
+    mesh = make_mesh(short_config.mesh.to_dict())
+    _, abstract = abstract_state(model, short_config, mesh)
+    state = create_state(abstract, model, short_config)
+    table = state.params["embedder"]["table"]
+    table.set_value(table.get_value().at[3, 4].set(np.nan))
+    values = nnx.merge_state(state.params, state.buffers)
+    export_state(values, model, tmp_path / "hf", tokenizer=Tokenizer.load("bundled"), max_soft_tokens=70)
+    short_config.init.from_hf = str(tmp_path / "hf")
+    named = (
+        r"from_hf='.*hf' holds values that are infinite or not numbers, in model.language_model.embed_tokens.weight:"
+    )
+    with pytest.raises(InputError, match=named):
+        initial_values(short_config.init, model, abstract, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_update_that_leaves_nothing_of_the_parameters_is_never_saved(short_config):
+    """Loss and gradient of its step are fine: they are of the parameters before it."""
+    short_config.optimizer.learning_rate, short_config.optimizer.warmup_steps = 1e30, 1
+    short_config.checkpoint.every_steps = short_config.checkpoint.keep = short_config.log.every_steps = 1
+    short_config.eval.num_documents = 2
+    with pytest.raises(InputError, match=r"the update is larger than float32 can add .* at step 1 .*1e\+30.$"):
+        train(short_config, model_config(short_config))
+    run_dir = Path(short_config.run_dir)
+    assert list((run_dir / "checkpoints").iterdir()) == []
+    assert not (run_dir / "lock").exists()
 
 
 @pytest.mark.slow

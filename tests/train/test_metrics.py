@@ -1,14 +1,17 @@
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from gemma4_jax.train.metrics import Meter, MetricsLog, Terminal, read_records
+from gemma4_jax.errors import InputError
+from gemma4_jax.train.metrics import MEASURED, Meter, MetricsLog, read_records
 from gemma4_jax.train.step import StepMetrics
 
 
-def step_metrics(loss: float, *, is_finite: bool = True) -> StepMetrics:
+def step_metrics(loss: float, *, is_sane: bool = True) -> StepMetrics:
     values = {"load_balance_loss": 1.0, "grad_norm": 2.0, "param_norm": 3.0, "learning_rate": 0.1}
     return StepMetrics(
         loss=jnp.float32(loss),
@@ -16,7 +19,7 @@ def step_metrics(loss: float, *, is_finite: bool = True) -> StepMetrics:
         tokens=jnp.int32(60),
         images=jnp.int32(3),
         expert_load=jnp.array([[0.25, 0.75]]),
-        is_finite=jnp.array(is_finite),
+        is_sane=jnp.array(is_sane),
     )
 
 
@@ -43,24 +46,25 @@ def test_what_is_flushed_is_a_record_of_fewer_steps():
     assert meter.flush() == []
 
 
-def test_a_step_that_is_not_a_number_is_told_at_once():
+def test_a_step_that_is_not_sane_is_told_at_once():
     meter = Meter(every_steps=100, last_step=1000, slots=80)
     meter.add(1, step_metrics(1.0), data_wait=0.0)
-    meter.add(2, step_metrics(float("nan"), is_finite=False), data_wait=0.0)
+    meter.add(2, step_metrics(float("nan"), is_sane=False), data_wait=0.0)
     (record,) = meter.drain()
     assert record["step"] == 2
     assert np.isnan(record["loss"])
+    assert not record["is_sane"]
 
 
 def test_log_is_one_line_per_step_across_a_crash(tmp_path: Path):
     log = MetricsLog(tmp_path, 0, tensorboard=False)
     for step in range(1, 6):
-        log.write({"step": step, "loss": 1.0 / step})
+        log.write(dict.fromkeys(MEASURED, 1) | {"step": step, "loss": 1.0 / step})
     log.close()
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 6, "lo')  # killed while writing
     log = MetricsLog(tmp_path, 3, tensorboard=False)
-    log.write({"step": 4, "loss": float("nan")})
+    log.write(dict.fromkeys(MEASURED, 1) | {"step": 4, "loss": float("nan")})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
     assert read_records(path)[-1]["loss"] is None
     log.close()
@@ -77,12 +81,22 @@ def test_tensorboard_files(tmp_path: Path):
         assert tag in content
 
 
-def test_plain_lines_where_there_is_no_terminal(capsys):
-    record = {"step": 10, "steps": 10, "loss": 1.25, "seconds": 5.0, "tokens_per_second": 2000, "images_per_second": 8}
-    with Terminal(100, 0, is_shown=True) as terminal:
-        terminal.show(record)
-        terminal.say("saved")
-    assert capsys.readouterr().out == "step 10/100  loss 1.2500  2,000 tokens/s  8.0 images/s  eta 0:45\nsaved\n"
-    with Terminal(100, 0, is_shown=False) as terminal:
-        terminal.show(record)
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b"{", "it is not JSON"),
+        (b"\xff", "it is not JSON"),
+        (b"[" * 100_000, "it is not JSON"),
+        (b"[]", "it is not an object"),
+        (b'{"loss": 1.0}', "step is not a whole number"),
+        (b'{"step": "3", "eval_loss": 1.0}', "step is not a whole number"),
+        (b'{"step": 3, "eval_loss": "low"}', "eval_loss is 'low'"),
+        (b'{"step": 3, "loss": 1.0, "steps": 1}', "tokens is missing"),
+        (b'{"step": 3, "loss": 1.0, "expert_load": 4}', "expert_load is 4"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(line: bytes, fault: str, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 2, "eval_loss": 1.0}\n' + line + b"\n")
+    with pytest.raises(InputError, match=re.escape(f"{path} line 2 is not a record of a run ({fault})")):
+        read_records(path)

@@ -75,23 +75,34 @@ def test_the_audio_tower_is_never_trained():
     assert {path[0] for path, _ in nnx.to_flat_state(frozen)} == {"audio", "audio_projection"}
 
 
-def test_update_is_adamw_by_hand(params, tiny_config):
-    """One step from equal gradients: Adam's first step is a sign, decay joins it, group and schedule scale both."""
+def test_updates_are_adamw_by_hand(params, tiny_config):
+    """Two steps in numpy: gradients cut to a norm, both moments, decay, and the rates of schedule and group."""
     config = tiny_config.optimizer
-    config.learning_rate, config.warmup_steps, config.weight_decay = 0.5, 0, 0.1
+    config.learning_rate, config.warmup_steps, config.weight_decay, config.clip_norm = 0.5, 4, 0.1, 3.0
+    config.b1, config.b2, config.eps = 0.8, 0.6, 1e-3
     config.learning_rate_scale.vision, config.learning_rate_scale.embedding = 0.1, 2.0
-    optimizer = make_optimizer(config, num_steps=10**6)
-    updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
-    mask = by_path(decay_mask(params))
-    for path, update in by_path(updates).items():
-        expected = -0.5 * config.learning_rate_scale[group_of(path)] * (1.0 + 0.1 * mask[path])
-        np.testing.assert_allclose(update, expected, rtol=1e-4, err_msg=str(path))
+    scales = {"vision": 0.1, "image_projection": 0.1, "embedder": 2.0}
+    rng = np.random.default_rng(0)
+    optimizer = make_optimizer(config, num_steps=100)
+    update, opt_state = jax.jit(optimizer.update), optimizer.init(params)
+    first = second = dict.fromkeys(by_path(params), 0.0)
+    for step, rate in ((1, 0.125), (2, 0.25)):
+        gradients = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), params)
+        given = by_path(gradients)
+        cut = 3.0 / np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in given.values()))
+        first = {path: 0.8 * first[path] + 0.2 * cut * g for path, g in given.items()}
+        second = {path: 0.6 * second[path] + 0.4 * np.square(cut * g) for path, g in given.items()}
+        updates, opt_state = update(gradients, opt_state, params)
+        for path, found in by_path(updates).items():
+            decay = 0.0 if path[-1] in ("scale", "per_expert_scale") else 0.1  # parameters are one
+            scale = 2.0 if path == ("per_layer_embedder", "table") else scales.get(path[0], 1.0)
+            moved = first[path] / (1 - 0.8**step) / (np.sqrt(second[path] / (1 - 0.6**step)) + 1e-3)
+            np.testing.assert_allclose(found, -rate * scale * (moved + decay), rtol=1e-4, atol=1e-6, err_msg=str(path))
 
 
-def test_gradients_are_cut_to_the_norm_over_all_trained_parameters(params, tiny_config):
-    tiny_config.optimizer.clip_norm = 3.0
+def test_gradients_within_the_norm_are_left_alone(params, tiny_config):
     optimizer = make_optimizer(tiny_config.optimizer, num_steps=10)
-    _, opt_state = jax.jit(optimizer.update)(params, optimizer.init(params), params)
-    first_moment = opt_state[1].mu
-    norm = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(first_moment))))
-    np.testing.assert_allclose(norm, 3.0 * (1 - tiny_config.optimizer.b1), rtol=1e-4)
+    small = jax.tree.map(lambda leaf: 1e-6 * leaf, params)
+    _, opt_state = jax.jit(optimizer.update)(small, optimizer.init(params), params)
+    for moment in jax.tree.leaves(opt_state[1].mu):
+        np.testing.assert_allclose(moment, 1e-6 * (1 - tiny_config.optimizer.b1), rtol=1e-4)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax.data.pipeline import EvalItem
+from gemma4_jax.data.tally import COUNTERS
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.charts import heat_map, line_chart, ticks
 from gemma4_jax.train.evaluate import Reading
@@ -52,7 +53,7 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path: Path):
     assert "truth &lt;34&gt;\nread  <b>74</b>" in page
     for title in (
         "Loss",
-        "Exact match",
+        "Held-out images read exactly",
         "Learning rate",
         "Gradient norm",
         "Tokens per second",
@@ -62,6 +63,71 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path: Path):
         assert title in page
     for svg in re.findall(r"<svg.*?</svg>", page):
         ElementTree.fromstring(svg)
+
+
+def counted(**counts: int) -> dict[str, int]:
+    return dict.fromkeys(COUNTERS, 0) | counts
+
+
+def shown(tmp_path: Path, summary: dict, records: list[dict] | None = None) -> str:
+    """The report of a summary, its text alone."""
+    write_report(tmp_path, "run", summary, records or [], [], Tokenizer.load("bundled"))
+    page = (tmp_path / "report.html").read_text()
+    return " ".join(re.sub(r"<style>.*?</style>|</?b>|<[^>]*>", " ", page, flags=re.DOTALL).split())
+
+
+def test_figures_are_for_people(tmp_path: Path):
+    summary = {
+        "steps": 1200, "eval_loss": 2.12894, "eval_exact_match": None, "tokens_per_second": 4321.5,
+        "step_seconds_median": 0.2123, "data_wait_share": 0.004, "compile_seconds": 53.76, "peak_rss_bytes": 1083101184,
+        "wall_seconds": 163.1, "parameters": 660_272, "data": {"mine": counted(read=1, documents=1)},
+    }  # fmt: skip
+    text = shown(tmp_path, summary)
+    for words in (
+        "steps 1,200 held-out loss 2.129 nats per token tokens per second 4,322",
+        "time of a step (median) 0.21 s waiting for data 0.4% compilation 53.8 s host memory at its peak 1.0 GiB",
+        "time of this start in all 2 min 43 s parameters 660,272",
+        "Training data source documents read packed images split over rows shortened left out mine 1 1 0 0 0 none",
+    ):
+        assert words in text
+    assert "None" not in text
+    assert "_" not in text
+
+
+@pytest.mark.parametrize(
+    ("data", "warning"),
+    [
+        ({"mine": counted(read=100, documents=91, unreadable=9)}, None),
+        (
+            {"mine": counted(read=100, documents=90, unreadable=9, dropped=1)},
+            "10% of the documents of mine were left out (9 unreadable, 1 too large for a row)",
+        ),
+        (
+            {"a": counted(read=10, documents=10), "<b>": counted(read=10, documents=4, nothing_to_learn=6)},
+            "60% of the documents of &lt;b&gt; were left out (6 with nothing to learn)",
+        ),
+        ({}, None),
+    ],
+)
+def test_many_documents_left_out_are_a_warning(data, warning, tmp_path: Path):
+    text = shown(tmp_path, {"steps": 1, "data": data})
+    assert ("were left out" in text) == (warning is not None)
+    assert warning is None or warning in text
+    assert ('class="warning"' in (tmp_path / "report.html").read_text()) == (warning is not None)
+
+
+def test_a_curve_of_one_point_has_axes_to_read():
+    """Its step is the last of whole steps from 0; a value of 0 is not the middle of -1 and 1."""
+
+    def labels(chart: str, anchor: str) -> list[str]:
+        return re.findall(f'text-anchor="{anchor}" class="tick">([^<]*)<', chart)
+
+    first = line_chart("first", {"a": [(1, 0.0)]})
+    assert labels(first, "middle") == ["0", "1"]
+    assert labels(first, "end") == ["0", "0.25", "0.5", "0.75", "1"]
+    later = line_chart("later", {"a": [(16, 2.0)]})
+    assert labels(later, "middle") == ["0", "5", "10", "15"]
+    assert labels(later, "end")[0] == "1"
 
 
 def test_summary_is_written_whole(tmp_path: Path):

@@ -1,0 +1,120 @@
+"""What became of the documents of each source: counted, named, and judged."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from gemma4_jax.errors import InputError
+
+LEFT_OUT = {
+    "unreadable": "unreadable",
+    "dropped": "too large for a row",
+    "nothing_to_learn": "with nothing to learn",
+}
+"""Counter of documents that are not trained on -> why."""
+
+COUNTERS = ("read", "documents", "images", "split", "shortened", *LEFT_OUT)
+"""What is counted of each source: documents read; documents and images packed; documents split into pieces, shortened,
+and left out. A document counts each time that it comes, in every epoch."""
+
+MIN_JUDGED = 100
+"""Documents of a source that are read before the share left out is looked at."""
+
+MAX_NAMED = 20
+"""Documents left out of a source that the log names, each once; the rest are only counted."""
+
+
+class Tally:
+    """Counts of one iterator.
+
+    Args:
+      max_left_out: share of a source's documents that may be left out, at least 0 and less than 1.
+    """
+
+    def __init__(self, max_left_out: float) -> None:
+        self._max_left_out = max_left_out
+        # So many in a row come once in 10**12 tries from a source of which the share that may be left out is.
+        self._longest_run = max(1, math.ceil(math.log(1e-12) / math.log(max_left_out))) if max_left_out else 1
+        self._counters: dict[str, dict[str, int]] = {}
+        self._runs: dict[str, int] = {}
+        self._named: dict[str, set[str]] = {}
+
+    def add(self, source: str, **counts: int) -> None:
+        """Adds to the counters of a source."""
+        counters = self._counters.setdefault(source, dict.fromkeys(COUNTERS, 0))
+        for name, count in counts.items():
+            counters[name] += count
+
+    def accept(self, source: str) -> None:
+        """Counts a document that is read and will be packed."""
+        self.add(source, read=1)
+        self._runs[source] = 0
+
+    def leave_out(self, source: str, counter: str, reason: str) -> None:
+        """Counts a document that is read and left out, and names it in the log.
+
+        Args:
+          source: of the document.
+          counter: one of `LEFT_OUT`.
+          reason: one sentence that names the document.
+        Raises:
+          InputError: too many of the source are left out.
+        """
+        self.add(source, read=1, **{counter: 1})
+        self._runs[source] = run = self._runs.get(source, 0) + 1
+        self.name(source, reason)
+        counters = self._counters[source]
+        is_above = _left_out(counters) > self._max_left_out * counters["read"]
+        if run >= self._longest_run:
+            why = "and the last document" if run == 1 else f"and the last {run} one after another"
+        elif counters["read"] >= MIN_JUDGED and is_above:
+            why = "more than the share that may be"
+        else:
+            return
+        raise InputError(
+            f"{_sentence(source, counters)}, {why}: mend the source, leave it out of data.mixture, or allow more than "
+            f"data.max_left_out={self._max_left_out}; the last: {reason}"
+        )
+
+    def name(self, source: str, reason: str) -> None:
+        """Names a document that is left out in the log, once."""
+        named = self._named.setdefault(source, set())
+        if reason not in named and len(named) < MAX_NAMED:
+            named.add(reason)
+            logging.warning("Left out a document of %r: %s", source, reason)
+
+    def get_state(self) -> dict[str, Any]:
+        """What `set_state` takes, to be kept as JSON."""
+        return {
+            "counters": {source: dict(counters) for source, counters in self._counters.items()},
+            "runs": dict(self._runs),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the counts of a `get_state`."""
+        self._counters = {source: dict(counters) for source, counters in state["counters"].items()}
+        self._runs = dict(state["runs"])
+
+
+def _left_out(counters: Mapping[str, int]) -> int:
+    return sum(counters[name] for name in LEFT_OUT)
+
+
+def _sentence(source: str, counters: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{counters[name]} {why}" for name, why in LEFT_OUT.items() if counters[name])
+    return f"{_left_out(counters)} of {counters['read']} documents read of {source!r} were left out ({reasons})"
+
+
+def left_out_sentences(counters: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What to tell at the end of a run: one sentence for each source of which documents were left out or shortened.
+
+    Args:
+      counters: source -> its `COUNTERS`.
+    """
+    sentences = [_sentence(source, counts) for source, counts in counters.items() if _left_out(counts)]
+    return sentences + [
+        f"{counts['shortened']} documents of {source!r} were shortened"
+        for source, counts in counters.items()
+        if counts["shortened"]
+    ]
