@@ -16,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 SLICES = {
     "pretrain_small": "v5p:1x1x1",
@@ -25,9 +24,6 @@ SLICES = {
     "pretrain_31b": "v5p:4x8x8",
 }
 """Config -> the slice of TPUs that it is for."""
-
-HBM_BYTES = 95 * 2**30
-"""Memory of a v5p chip."""
 
 PAGE = Path(__file__).parents[1] / "docs" / "compiled.md"
 FIGURES = Path(__file__).with_suffix(".json")
@@ -43,7 +39,7 @@ Nothing here has been run: these are the compiler's figures.
 """
 
 
-def compile_step(name: str) -> dict[str, Any]:
+def figures_of(name: str) -> dict[str, Any]:
     """The compiler's figures of one config; in a process of its own, for libtpu describes one slice in each."""
     shape = [int(side) for side in SLICES[name].partition(":")[2].split("x")]
     # The smallest slice that can be described is a board of four.
@@ -56,34 +52,20 @@ def compile_step(name: str) -> dict[str, Any]:
         "TPU_ACCELERATOR_TYPE": f"v5p-{2 * max(math.prod(shape), 4)}",
     }
 
-    import jax
     from jax.experimental import topologies
 
-    from gemma4_jax.data.assemble import assemble
-    from gemma4_jax.data.pack import RowShape
     from gemma4_jax.launch import checks, run_config
-    from gemma4_jax.sharding import batch_sharding, make_mesh
-    from gemma4_jax.train.state import abstract_state
-    from gemma4_jax.train.step import make_train_step
+    from gemma4_jax.sharding import make_mesh
+    from gemma4_jax.train.program import compile_step, make_program
 
     config = run_config.load(*run_config.find(name))
     model_config = run_config.model_config(config)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=described)
     mesh = make_mesh(config.mesh.to_dict(), topology.devices[: math.prod(shape)])
     checks.check_batch(config, mesh.shape)
-    row = assemble([[]], RowShape.from_config(config.data, model_config), model_config.tokens)
-    batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            (config.data.batch_size, *leaf.shape[1:]), leaf.dtype, sharding=batch_sharding(mesh)
-        ),
-        row,
-    )
-    # What is chosen by the backend is chosen for the TPU, not for the machine that compiles.
-    with mock.patch("jax.default_backend", return_value="tpu"):
-        graphdef, state = abstract_state(model_config, config, mesh)
-        began = time.perf_counter()
-        with jax.set_mesh(mesh):
-            memory = make_train_step(graphdef, state, config, mesh).lower(state, batch).compile().memory_analysis()
+    program = make_program(config, model_config, mesh)
+    began = time.perf_counter()
+    memory = compile_step(program, config.data.batch_size).memory_analysis()
     return {
         "seconds": time.perf_counter() - began,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
@@ -114,7 +96,7 @@ def main() -> None:
     )
     only = parser.parse_args().only
     if only:
-        print(json.dumps(compile_step(only)))
+        print(json.dumps(figures_of(only)))
         return
     figures = {}
     for name in SLICES:

@@ -117,7 +117,6 @@ def load(folder: Path) -> tuple[Any, Gemma4Config]:
 def save_run(folder: Path, run_dir: Path) -> None:
     """What a run directory holds of a model, as training writes it."""
     import grain
-    import jax
     import jax.numpy as jnp
     from flax import nnx
 
@@ -129,7 +128,7 @@ def save_run(folder: Path, run_dir: Path) -> None:
     checkpoints = Checkpoints(run_dir, keep=1)
     params, buffers = nnx.split_state(state, nnx.Param, Buffer)
     iterator = iter(grain.MapDataset.range(9).to_iter_dataset())
-    checkpoints.save(1, TrainState(jnp.int32(1), params, buffers, (), jax.random.key(0)), iterator)
+    checkpoints.save(1, TrainState(jnp.int32(1), params, buffers, ()), iterator)
     checkpoints.close()
     content = {
         "model": dataclasses.asdict(config),

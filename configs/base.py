@@ -101,6 +101,10 @@ def get_config(size: str = "quickstart") -> ConfigDict:
     train.grad_accum_steps = 1
     # Type of activations: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
     train.compute_dtype = "auto"
+    # What computes attention: "auto", by shape and platform, or a key of gemma4_jax.ops.attention.IMPLEMENTATIONS.
+    train.attention = "auto"
+    # What computes the experts: "auto", by platform, or a key of gemma4_jax.ops.expert_parallel.IMPLEMENTATIONS.
+    train.experts = "auto"
     # What the forward pass keeps for the backward pass: "none" recomputes nothing, "dots" keeps the results of
     # weight matmuls, "full" keeps only the input of each block.
     train.remat = "none"

@@ -1,11 +1,11 @@
-"""Train a Gemma 4 26B-A4B, 8 of 128 experts for each token, on 64 accelerators, with the vision tower frozen.
+"""Train a Gemma 4 26B-A4B, 8 of 128 experts for each token, on a TPU v5p slice of 4x4x4, the vision tower frozen.
 
   gemma4 train --config=finetune_26b_a4b --config.init.from_hf=CHECKPOINT --config.tokenizer=CHECKPOINT
 
-A starting point that has not been trained to its end: the architecture is the released one, and the mesh and batch
-are sized by arithmetic. Without init.from_hf it begins from random parameters. Of 25.8 billion
-parameters the experts are 22.8 billion; they, their gradients and both moments take 16 bytes each in float32, 365 GB,
-spread over all 64 devices. The rest of the decoder is spread over fsdp only.
+A starting point that has not been trained to its end: the architecture is the released one, and the step has been
+compiled for the slice (docs/compiled.md: what it takes of a chip). Without init.from_hf it begins from random
+parameters. Of 25.8 billion parameters the experts are 22.8 billion; they, their gradients and both moments take 16
+bytes each in float32, 365 GB, spread over all 64 devices. The rest of the decoder is spread over fsdp only.
 """
 
 from ml_collections import ConfigDict

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
@@ -207,16 +208,17 @@ def _image(row: dict[str, np.ndarray], image: int, config: Gemma4Config) -> str:
 def _masks(row: dict[str, np.ndarray], config: Gemma4Config) -> str:
     text = config.text
     length = len(row["tokens"])
-    positions = np.linspace(0, length - 1, min(length, MASK_SIDE)).round().astype(int)
+    shown = np.linspace(0, length - 1, min(length, MASK_SIDE)).round().astype(int)
     bidirectional = ", image blocks both ways" if text.image_blocks_bidirectional else ""
     captions = (f"sliding: window {text.sliding_window}{bidirectional}", "global: causal")
-    spans = text_spans(text, row["positions"][None], np.arange(length)[None], row["image_ids"][None])
+    positions, image_ids = (jnp.asarray(row[name][None]) for name in ("positions", "image_ids"))
+    spans = text_spans(text, positions, jnp.arange(length)[None], image_ids)
     figures = []
     for caption, kind in zip(captions, spans, strict=True):
-        mask = np.asarray(kind.mask(length))[0][np.ix_(positions, positions)]
-        mask &= (row["segment_ids"][positions] > 0)[:, None]
+        start, stop = (np.asarray(bound)[0, shown, None] for bound in (kind.start, kind.stop))
+        mask = (shown >= start) & (shown < stop) & (row["segment_ids"][shown] > 0)[:, None]
         # Palette: 0 hidden, 1 and 2 the visible keys of text and of images, 3 the visible keys that lie ahead.
-        colours = mask * (1 + (row["image_ids"][positions] > 0)[None, :]).astype(np.uint8)
+        colours = mask * (1 + (row["image_ids"][shown] > 0)[None, :]).astype(np.uint8)
         colours[np.triu(mask, 1)] = 3
         picture = PIL.Image.fromarray(colours, "P")
         picture.putpalette([128, 128, 128, 92, 124, 250, 64, 192, 160, 240, 140, 40])

@@ -22,7 +22,7 @@ def _require_positive(config: Any, prefix: str, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text decoder (spec section 2).
+    """The text decoder (docs/gemma4.md section 2).
 
     Attributes:
       vocab_size: V, rows of the tied token embedding.
@@ -132,7 +132,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower (spec section 3).
+    """The vision tower (docs/gemma4.md section 3).
 
     Attributes:
       embed_dim: width of the tower.
@@ -178,7 +178,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AudioConfig:
-    """The audio tower of E2B and E4B (spec section 4).
+    """The audio tower of E2B and E4B (docs/gemma4.md section 4).
 
     Attributes:
       embed_dim: width of the conformer.
@@ -244,7 +244,7 @@ class AudioConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Token ids with a role (spec section 5)."""
+    """Token ids with a role (docs/gemma4.md section 5)."""
 
     pad: int = 0
     eos: int = 1

@@ -274,7 +274,7 @@ def _advance(model: Gemma4, batch: Batch, index: jax.Array, cache: Cache) -> tup
     """Final hidden states [B, T, D] of the tokens of a batch, and the cache with them in it at `index` [B, T]."""
     x, per_layer = model.embed(batch)
     num_keys = cache[0].k.shape[2]
-    view = view_tokens(model.config.text, batch, model.attention, index=index, num_keys=num_keys)
+    view = view_tokens(model.config.text, batch, model.kernels, index=index, num_keys=num_keys)
     hidden, _, extended = model.decoder(x, per_layer, view, cache)
     assert extended is not None
     return hidden, extended

@@ -45,7 +45,7 @@ def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """RMS normalisation with a plain weight (not 1 + weight), in float32. Source: spec section 2.
+    """RMS normalisation with a plain weight (not 1 + weight), in float32. Source: docs/gemma4.md section 2.
 
     Args of the constructor:
       axes: the normalised axis, its logical name -> size.
@@ -66,7 +66,7 @@ class Linear(nnx.Module):
 
     Args of the constructor:
       inputs, outputs: logical axis name -> size; the kernel is [*inputs, *outputs].
-      is_clipped: clamp input and output to four stored scalars, infinite at first (spec section 3, "clipped linears").
+      is_clipped: clamp input and output to four stored scalars, infinite at first (docs/gemma4.md section 3, "Layers").
       gain: standard deviation of the output at first, for inputs of one.
     """
 
@@ -121,7 +121,7 @@ def _contract(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
 
 
 class GatedMLP(nnx.Module):
-    """down(gelu(gate x) * up x), the MLP of decoder and vision tower. Source: spec sections 2 and 3."""
+    """down(gelu(gate x) * up x), the MLP of decoder and vision tower. Source: docs/gemma4.md sections 2 and 3."""
 
     def __init__(
         self, rngs: nnx.Rngs, *, embed_dim: int, mlp_dim: int, param_dtype: jnp.dtype, is_clipped: bool = False

@@ -9,9 +9,9 @@ from gemma4_jax.audio.tower import AudioTower
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.layers import Linear, rms_normalize
-from gemma4_jax.ops.attention import AttentionPolicy
 from gemma4_jax.ops.cross_entropy import Head, vocabulary_logits
 from gemma4_jax.ops.gather import invert_rows, move_rows
+from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import constrain
 from gemma4_jax.text.attention import view_tokens
 from gemma4_jax.text.decoder import Decoder
@@ -19,8 +19,8 @@ from gemma4_jax.text.embedding import Embedder, PerLayerEmbedder
 from gemma4_jax.text.moe import RouterStats
 from gemma4_jax.vision.tower import VisionTower
 
-_ANYWHERE = AttentionPolicy()
-"""Whatever can compute attention on every platform."""
+_ANYWHERE = KernelPolicy()
+"""What runs on every platform."""
 
 
 class Gemma4(nnx.Module):
@@ -32,7 +32,7 @@ class Gemma4(nnx.Module):
       dtype: compute dtype.
       param_dtype: dtype in which parameters are stored.
       remat: what the stacks keep for the backward pass, a key of `layers.REMAT_POLICIES`.
-      attention: how attention is computed, and on which platform.
+      kernels: what computes attention and experts, and on which platform.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Gemma4(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
-        attention: AttentionPolicy = _ANYWHERE,
+        kernels: KernelPolicy = _ANYWHERE,
     ):
         self.config = config
-        self.attention = attention
+        self.kernels = kernels
         text, vision, audio = config.text, config.vision, config.audio
         pad = config.tokens.pad
         self.embedder = Embedder(rngs, text, pad=pad, dtype=dtype, param_dtype=param_dtype)
@@ -85,7 +85,7 @@ class Gemma4(nnx.Module):
         """Final hidden states [B, T, D], and router statistics with a leading [L] axis where there are experts."""
         length = batch.tokens.shape[1]
         index = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
-        view = view_tokens(self.config.text, batch, self.attention, index=index, num_keys=length)
+        view = view_tokens(self.config.text, batch, self.kernels, index=index, num_keys=length)
         x, per_layer = self.embed(batch)
         hidden, stats, _ = self.decoder(x, per_layer, view)
         return hidden, stats
@@ -104,13 +104,13 @@ class Gemma4(nnx.Module):
         return x, None if self.per_layer_embedder is None else self.per_layer_embedder(tokens, x)
 
     def soft_tokens(self, batch: Batch) -> jax.Array:
-        """[B, M, D] soft tokens of every image of every row, in order. Source: spec section 3, "Projection"."""
+        """[B, M, D] soft tokens of every image of every row, in order. Source: docs/gemma4.md section 3."""
         assert self.vision is not None
-        pooled = self.vision(batch.patches, batch.patch_positions, batch.patch_image_ids, self.attention)
+        pooled = self.vision(batch.patches, batch.patch_positions, batch.patch_image_ids, self.kernels)
         return self.image_projection(rms_normalize(pooled, self.vision.config.norm_eps).astype(pooled.dtype))
 
     def audio_soft_tokens(self, batch: Batch) -> jax.Array:
-        """[B, F / 4, D] soft tokens of every sound of every row, where its frames are. Source: spec section 4."""
+        """[B, F / 4, D] soft tokens of every row, where the frames of its sounds are (docs/gemma4.md section 4)."""
         assert self.audio is not None
         encoded = self.audio(batch.audio_features, batch.frame_sound_ids)
         return self.audio_projection(rms_normalize(encoded, AUDIO_NORM_EPS).astype(encoded.dtype))

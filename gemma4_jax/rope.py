@@ -1,7 +1,7 @@
 """Rotary position embeddings: sliding and global layers of the decoder, and the 2-D one of the vision tower.
 
 Rotation is half-split: channel j of the first half pairs with channel j of the second. Angles, sines and cosines are
-computed in float32 and cast to the dtype of what they rotate. Source: spec sections 2 and 3.
+computed in float32 and cast to the dtype of what they rotate. Source: docs/gemma4.md sections 2 and 3.
 """
 
 import jax

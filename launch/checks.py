@@ -63,6 +63,8 @@ RANGES: dict[str, Range] = {
     "train.num_steps": _at_least(1),
     "train.grad_accum_steps": _at_least(1),
     "train.compute_dtype": _one_of("auto", "bfloat16", "float32"),
+    "train.attention": _NOT_EMPTY,
+    "train.experts": _NOT_EMPTY,
     "train.remat": _one_of("none", "dots", "full"),
     "train.loss_chunk": _at_least(1),
     "train.load_balance_weight": _at_least(0),

@@ -2,7 +2,7 @@
 
 RUN_DIR/checkpoints/STEP holds three items:
 - model: the nnx.State of the model, parameters and buffers together, as nested dictionaries;
-- training: step, optimizer state and random key;
+- training: step and optimizer state;
 - data: where each process's data iterator stands, after exactly the batches of the first STEP steps.
 
 A checkpoint is written under another name and renamed when it is whole, so one that was interrupted is never seen. The
@@ -28,7 +28,6 @@ from gemma4_jax.hf.agreement import led_by_first_process
 from gemma4_jax.hf.integrity import checkpoint_steps, newest_intact, write_checksums
 from gemma4_jax.hf.names import flatten_paths
 from gemma4_jax.hf.parameters import stored_arrays
-from gemma4_jax.layers import Buffer
 from gemma4_jax.train.state import TrainState
 
 MAX_CHUNK_BYTES = 2**28
@@ -124,14 +123,19 @@ class Checkpoints:
                 f"checkpoint {self._manager.directory / str(step)} cannot be restored: {reason}; delete that folder to "
                 "go on from the one before it, or give another run_dir."
             ) from error
-        model = nnx.merge_state(abstract.params, abstract.buffers)
+        model, is_trained = abstract.model, {path for path, _ in nnx.to_flat_state(abstract.trained)}
         nnx.replace_by_pure_dict(model, restored.model)
-        params, buffers = nnx.split_state(model, nnx.Param, Buffer)
-        return TrainState(params=params, buffers=buffers, **restored.training)
+        trained, frozen = nnx.split_state(model, lambda path, _: path in is_trained, ...)
+        return TrainState(trained=trained, frozen=frozen, **restored.training)
 
     def _check_model(self, step: int, abstract: TrainState) -> None:
         """Names all that differs, before Orbax meets the first of it with reads under way that it would abandon."""
         folder = Path(self._manager.directory) / str(step)
+        if "rng" in stored_arrays(folder / "training"):
+            raise InputError(
+                f"checkpoint {folder} is of an earlier version of this package, which kept a random key in it: begin "
+                f"another run from its parameters, with init.from_run={str(self._folder.parent)!r}."
+            )
         stored = {path: tuple(array.shape) for path, array in stored_arrays(folder / "model").items()}
         wanted = {path: array.shape for path, array in flatten_paths(_model_dict(abstract)).items()}
         differing = sorted(path for path in stored | wanted if stored.get(path) != wanted.get(path))
@@ -204,8 +208,8 @@ def _in_chunks(item: dict[str, Any]) -> ocp.args.StandardSave:
 
 
 def _model_dict(state: TrainState) -> dict[str, Any]:
-    return nnx.to_pure_dict(nnx.merge_state(state.params, state.buffers))
+    return nnx.to_pure_dict(state.model)
 
 
 def _training_dict(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+    return {"step": state.step, "opt_state": state.opt_state}

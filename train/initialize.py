@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -70,10 +71,12 @@ def initial_values(init: Any, model_config: Gemma4Config, abstract: TrainState, 
     Raises:
       InputError: as in `check_source`, or a parameter is not made of finite numbers.
     """
-    wanted = nnx.merge_state(abstract.params, abstract.buffers)
+    wanted = abstract.model
     if init.from_hf:
         checkpoint = Checkpoint(init.from_hf)
-        values = load_state(checkpoint, wanted, model_config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*: NaN in ")  # _check_values refuses it
+            values = load_state(checkpoint, wanted, model_config)
         if unused := checkpoint.unused(wanted):
             _carry(partial(write_carried, checkpoint, unused), run_dir)
         _check_values(values, model_config, f"init.from_hf={init.from_hf!r}")
@@ -100,8 +103,8 @@ def _check_values(values: nnx.State, model_config: Gemma4Config, given: str) -> 
     broken = [
         tensor.name
         for tensor in tensors(model_config)
-        if tensor.path is not None
-        and not sane.get(tensor.path, True)
+        if tensor.path in params
+        and not sane[tensor.path]
         and not is_finite(params[tensor.path] if tensor.index is None else params[tensor.path][tensor.index])
     ]
     named = abbreviate(broken)

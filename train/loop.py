@@ -32,10 +32,10 @@ from gemma4_jax.train.initialize import initial_values
 from gemma4_jax.train.interruption import Interruption
 from gemma4_jax.train.lock import RunLock
 from gemma4_jax.train.metrics import Meter, MetricsLog, read_records
+from gemma4_jax.train.program import Program, compile_step, make_program
 from gemma4_jax.train.report import summarize, write_report, write_summary
 from gemma4_jax.train.run_dir import open_run_dir, run_tokenizer
-from gemma4_jax.train.state import TrainState, abstract_state, create_state
-from gemma4_jax.train.step import make_eval_step, make_train_step
+from gemma4_jax.train.state import create_state
 from gemma4_jax.train.terminal import Terminal
 
 NUM_SAMPLES = 24
@@ -73,7 +73,7 @@ def train(config: Any, model_config: Gemma4Config) -> dict[str, Any]:
             )
             stack.callback(iterator.close)
             held_out = eval_batches(config, model_config, tokenizer, config.eval.batch_size)
-        structure = abstract_state(model_config, config, mesh)
+        program = make_program(config, model_config, mesh)
         # Only now: a run that cannot begin leaves no config behind that the next one would have to be like.
         stack.enter_context(lock)
         run_dir = open_run_dir(config, tokenizer)
@@ -90,8 +90,7 @@ def train(config: Any, model_config: Gemma4Config) -> dict[str, Any]:
             run = _Run(
                 config,
                 model_config,
-                mesh,
-                structure,
+                program,
                 run_dir,
                 iterator,
                 held_out,
@@ -111,8 +110,7 @@ class _Run:
         self,
         config: Any,
         model_config: Gemma4Config,
-        mesh: Mesh,
-        structure: tuple[nnx.GraphDef, TrainState],
+        program: Program,
         run_dir: Path,
         iterator: grain.DatasetIterator,
         held_out: HeldOut,
@@ -121,16 +119,17 @@ class _Run:
         interruption: Interruption,
         lock: RunLock,
     ) -> None:
-        self.config, self.mesh, self.run_dir = config, mesh, run_dir
+        self.config, self.program, self.mesh, self.run_dir = config, program, program.mesh, run_dir
         self.iterator, self.held_out, self.checkpoints = iterator, held_out, checkpoints
         self.terminal, self.interruption, self.lock = terminal, interruption, lock
         self.num_steps = config.train.num_steps
-        self.graphdef, abstract = structure
+        abstract = program.state
         latest = interruption.saved_step = checkpoints.latest_step
         if latest is None:
             with terminal.stage("making the parameters", "made the parameters"):
                 values = initial_values(config.init, model_config, abstract, run_dir)
-                self.step, self.state = 0, jax.block_until_ready(create_state(abstract, model_config, config, values))
+                state = create_state(abstract, model_config, program.config, values)
+                self.step, self.state = 0, jax.block_until_ready(state)
         else:
             with terminal.stage(f"reading the checkpoint of step {latest}"):
                 self.step, self.state = latest, checkpoints.restore(latest, abstract, iterator)
@@ -150,7 +149,7 @@ class _Run:
         while self.step < self.num_steps:
             batch, data_wait = self._next_batch()
             if train_step is None:
-                train_step, data_wait = self._compile(batch), 0.0
+                train_step, data_wait = self._compile(), 0.0
             self.state, metrics = train_step(self.state, batch)
             # The last checkpoint is written while the run evaluates and takes this step. Before the step is told it is
             # whole: so a run that is killed, at any moment, repeats no more steps than lie between two checkpoints.
@@ -192,7 +191,7 @@ class _Run:
             "peak_rss_bytes": _peak_rss_bytes(),
             "wall_seconds": time.perf_counter() - started,
             "eval_images": sum(len(items) for _, items in self.held_out),
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(self.state.model, nnx.Param))),
             "data": read_counters(self.iterator),
         }
         if self.log is not None:
@@ -217,11 +216,11 @@ class _Run:
         put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(self.mesh))
         return jax.tree.map(put, local), data_wait
 
-    def _compile(self, batch: Batch) -> Any:
+    def _compile(self) -> Any:
         """Compiles all that the run will need, so that it cannot fail for want of it later, with steps to lose."""
         began = time.perf_counter()
         with self.terminal.stage("compiling the training step", "compiled the training step"):
-            step = make_train_step(self.graphdef, self.state, self.config, self.mesh).lower(self.state, batch).compile()
+            step = compile_step(self.program, self.config.data.batch_size)
         self.compile_seconds = time.perf_counter() - began
         if self.held_out:
             _ = self._eval_step
@@ -234,8 +233,7 @@ class _Run:
     def _eval_step(self) -> Any:
         batch = put_batch(self.held_out[0][0], self.mesh)
         with self.terminal.stage("compiling the evaluation", "compiled the evaluation"):
-            step = make_eval_step(self.graphdef, self.state, self.config, self.mesh)
-            return step.lower(self.state.params, self.state.buffers, batch).compile()
+            return self.program.eval_step.lower(self.state.trained, self.state.frozen, batch).compile()
 
     def _is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0 or self.step == self.num_steps
@@ -314,7 +312,7 @@ class _Run:
     def _forward(self, batch: Batch) -> Any:
         if self.interruption.signal is not None:
             self._leave()
-        return self._eval_step(self.state.params, self.state.buffers, batch)
+        return self._eval_step(self.state.trained, self.state.frozen, batch)
 
     def _read_samples(self) -> list[Reading]:
         readings: list[Reading] = []

@@ -50,7 +50,7 @@ class Meter:
 
     def is_idle(self) -> bool:
         """Whether the devices have finished every step that they were handed."""
-        return not self._unfinished or self._unfinished[-1][1].loss.is_ready()
+        return not self._unfinished or self._unfinished[-1][1].is_sane.is_ready()
 
     def add(self, step: int, metrics: StepMetrics, data_wait: float) -> list[dict[str, Any]]:
         """Notes a step that was handed to the devices, and waits until few enough are unfinished.
@@ -96,7 +96,11 @@ class Meter:
         tokens = sum(int(m.tokens) for m in metrics)
         images = sum(int(m.images) for m in metrics)
         record: dict[str, Any] = {"step": steps[-1], "steps": len(steps)}
-        for name in ("loss", "load_balance_loss", "grad_norm", "param_norm"):
+        for name in metrics[0].means:
+            # Means of the steps' own; an array, such as the load of each expert, is for people to look at.
+            mean = np.mean([m.means[name] for m in metrics], axis=0, dtype=np.float64)
+            record[name] = float(mean) if mean.ndim == 0 else mean.round(5).tolist()
+        for name in ("grad_norm", "param_norm"):
             record[name] = float(np.mean([getattr(m, name) for m in metrics]))
         record |= {
             "learning_rate": float(metrics[-1].learning_rate),
@@ -109,8 +113,6 @@ class Meter:
             "tokens_per_second": tokens / sum(seconds),
             "images_per_second": images / sum(seconds),
         }
-        if loads := [m.expert_load for m in metrics if m.expert_load is not None]:
-            record["expert_load"] = np.mean(loads, axis=0, dtype=np.float64).round(5).tolist()
         record["is_sane"] = all(bool(m.is_sane) for m in metrics)
         return record
 

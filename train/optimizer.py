@@ -11,7 +11,7 @@ Conventions:
 - Decay is decoupled and scaled by the learning rate of the group, as in optax.adamw.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -70,20 +70,29 @@ def make_schedule(optimizer: Any, num_steps: int) -> optax.Schedule:
     return lambda steps_taken: schedule(steps_taken + 1)
 
 
-def make_optimizer(optimizer: Any, num_steps: int) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """An update rule, and the learning rate that it follows by the number of steps already taken."""
+
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule
+
+
+def make_optimizer(optimizer: Any, num_steps: int) -> Optimizer:
     """AdamW on the trained parameters, gradients first cut to a global norm over all of them.
 
     Args:
       optimizer: `config.optimizer` of the run.
       num_steps: of the whole run.
     """
-    return optax.chain(
+    schedule = make_schedule(optimizer, num_steps)
+    transform = optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps),
         optax.add_decayed_weights(optimizer.weight_decay, mask=decay_mask),
         optax.stateless(lambda updates, params: _scale_groups(updates, optimizer.learning_rate_scale)),
-        optax.scale_by_learning_rate(make_schedule(optimizer, num_steps)),
+        optax.scale_by_learning_rate(schedule),
     )
+    return Optimizer(transform, schedule)
 
 
 def decay_mask(params: nnx.State) -> nnx.State:

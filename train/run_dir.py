@@ -27,7 +27,7 @@ from gemma4_jax.tokenizer import Tokenizer
 
 MAY_CHANGE = (
     "run_dir", "name", "mesh", "data.sources", "data.max_left_out", "data.allow_changes", "train.num_steps",
-    "train.remat", "checkpoint", "eval", "log", "export",
+    "train.attention", "train.experts", "train.remat", "checkpoint", "eval", "log", "export",
 )  # fmt: skip
 """Fields, and sections, that may differ from one start of a run to the next.
 

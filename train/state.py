@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.layers import Buffer
 from gemma4_jax.model import Gemma4
+from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import param_shardings
 from gemma4_jax.train.optimizer import make_optimizer, split_trained
 
@@ -24,25 +25,20 @@ class TrainState:
 
     Attributes:
       step: int32, optimizer steps taken.
-      params: every nnx.Param of the model, frozen groups included.
-      buffers: what the model stores but never trains.
+      trained: the parameters that the optimizer changes.
+      frozen: those of frozen groups, and the buffers: what the model stores but never trains.
       opt_state: of the optimizer, for trained parameters.
-      rng: the run's random key. It never changes: what a step draws comes from this key with the step folded in, so
-        that a resumed run draws the same.
     """
 
     step: jax.Array
-    params: nnx.State
-    buffers: nnx.State
+    trained: nnx.State
+    frozen: nnx.State
     opt_state: optax.OptState
-    rng: jax.Array
 
-
-def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype that `train.compute_dtype` names; "auto" is bfloat16 on accelerators and float32 on CPU."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+    @property
+    def model(self) -> nnx.State:
+        """Parameters and buffers together."""
+        return nnx.merge_state(self.trained, self.frozen)
 
 
 def abstract_state(model_config: Gemma4Config, config: Any, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
@@ -50,12 +46,12 @@ def abstract_state(model_config: Gemma4Config, config: Any, mesh: Mesh) -> tuple
 
     Args:
       model_config: the architecture.
-      config: the run config.
+      config: the run config, of which nothing is "auto" that the platform decides (`program.resolve`).
       mesh: the device mesh.
     """
-    rng = jax.random.key(config.seed)
-    model = nnx.eval_shape(lambda: _build(model_config, config, rng))
-    state = jax.eval_shape(lambda params, buffers: _start(params, buffers, rng, config), *_variables(model))
+    policy = KernelPolicy(mesh.devices.flat[0].platform, config.train.attention, config.train.experts)
+    model = nnx.eval_shape(lambda: _build(model_config, config, jax.random.key(0), policy))
+    state = jax.eval_shape(lambda values: _start(values, config), nnx.state(model, (nnx.Param, Buffer)))
     shardings = jax.tree.map(
         lambda node: param_shardings(node, mesh) if isinstance(node, nnx.State) else NamedSharding(mesh, P()),
         state,
@@ -77,20 +73,18 @@ def create_state(
       config: the run config; `seed` decides the parameters, whatever the mesh.
       values: parameters and buffers to begin from, in place of random ones. They are donated.
     """
-
-    def start(params: nnx.State, buffers: nnx.State) -> TrainState:
-        return _start(params, buffers, jax.random.split(jax.random.key(config.seed))[1], config)
-
     if values is not None:
-        compiled = jax.jit(start, out_shardings=shardings_of(abstract), donate_argnums=(0, 1))
-        return compiled(*nnx.split_state(values, nnx.Param, Buffer))
+        start = jax.jit(lambda values: _start(values, config), out_shardings=shardings_of(abstract), donate_argnums=0)
+        return start(values)
 
     def create() -> TrainState:
-        params_key = jax.random.split(jax.random.key(config.seed))[0]
-        return start(*_variables(_build(model_config, config, params_key)))
+        key = jax.random.split(jax.random.key(config.seed))[0]
+        return _start(nnx.state(_build(model_config, config, key, KernelPolicy()), (nnx.Param, Buffer)), config)
 
     # Run once, so on CPU, where the compiler would take many times as long as the program, it is told not to try hard.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    sharding: Any = abstract.step.sharding
+    is_on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if is_on_cpu else None
     return jax.jit(create, out_shardings=shardings_of(abstract), compiler_options=options)()
 
 
@@ -99,21 +93,18 @@ def shardings_of(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def _build(model_config: Gemma4Config, config: Any, key: jax.Array) -> Gemma4:
-    dtype = compute_dtype(config.train.compute_dtype)
-    return Gemma4(model_config, nnx.Rngs(params=key), dtype=dtype, remat=config.train.remat)
+def _build(model_config: Gemma4Config, config: Any, key: jax.Array, policy: KernelPolicy) -> Gemma4:
+    dtype = jnp.dtype(config.train.compute_dtype)
+    return Gemma4(model_config, nnx.Rngs(params=key), dtype=dtype, remat=config.train.remat, kernels=policy)
 
 
-def _variables(model: Gemma4) -> tuple[nnx.State, nnx.State]:
-    return nnx.state(model, nnx.Param), nnx.state(model, Buffer)
-
-
-def _start(params: nnx.State, buffers: nnx.State, rng: jax.Array, config: Any) -> TrainState:
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+def _start(values: nnx.State, config: Any) -> TrainState:
+    params, buffers = nnx.split_state(values, nnx.Param, Buffer)
+    trained, frozen = split_trained(params, config.optimizer)
+    transform = make_optimizer(config.optimizer, config.train.num_steps).transform
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        buffers=buffers,
-        opt_state=optimizer.init(split_trained(params, config.optimizer)[0]),
-        rng=rng,
+        trained=trained,
+        frozen=nnx.merge_state(frozen, buffers),
+        opt_state=transform.init(trained),
     )

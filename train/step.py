@@ -1,6 +1,7 @@
 """The two compiled functions of a run: one training step, and one forward pass for evaluation."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,91 +13,76 @@ from jax.sharding import PartitionSpec as P
 from gemma4_jax.batch import Batch
 from gemma4_jax.ops.cross_entropy import likeliest_tokens, token_log_probs
 from gemma4_jax.sharding import BATCH_AXES, batch_sharding
-from gemma4_jax.train.optimizer import make_optimizer, make_schedule, split_trained
-from gemma4_jax.train.state import TrainState, shardings_of
+from gemma4_jax.train.objectives import Mean, Objective
+from gemma4_jax.train.optimizer import Optimizer
+from gemma4_jax.train.state import TrainState
 
 
 class StepMetrics(NamedTuple):
     """What one step measured, replicated on every device.
 
     Attributes:
-      loss: mean cross entropy over loss weights, in nats.
-      load_balance_loss: of the experts, mean over layers; 1 when perfectly even, 0 without experts.
+      means: those of the objective, by name.
       grad_norm: global norm of the gradients of trained parameters, before it is cut.
       param_norm: global norm of all parameters, before the update.
       learning_rate: of a group with scale 1.
       tokens: tokens that are not padding.
       images: images in the batch.
-      expert_load: [L, E] share of the choices that went to each expert; None without experts.
       is_sane: whether loss and gradient are numbers, and the update left something of the parameters: one that is
         larger by more than their precision replaces them. After a step that is not sane they are lost.
     """
 
-    loss: jax.Array
-    load_balance_loss: jax.Array
+    means: dict[str, jax.Array]
     grad_norm: jax.Array
     param_norm: jax.Array
     learning_rate: jax.Array
     tokens: jax.Array
     images: jax.Array
-    expert_load: jax.Array | None
     is_sane: jax.Array
 
 
-class _Losses(NamedTuple):
-    """What the forward pass of one piece of a batch gives beside its objective; pieces add up."""
-
-    cross_entropy: jax.Array
-    load_balance: jax.Array
-    expert_load: jax.Array | None
-
-
-def make_train_step(graphdef: nnx.GraphDef, state: TrainState, config: Any, mesh: Mesh) -> Any:
+def make_train_step(
+    graphdef: nnx.GraphDef, objective: Objective, optimizer: Optimizer, shardings: TrainState, *, microbatches: int
+) -> Any:
     """The jitted training step (state, batch) -> (state, StepMetrics); the state that it is given is donated.
 
-    The objective is the cross entropy summed over the batch, divided by the sum of its loss weights, plus
-    `train.load_balance_weight` times the load-balance loss. With `train.grad_accum_steps` > 1 the batch is worked
-    through in pieces of every n-th row, so that a row stays on its device: gradients of the cross entropy are those of
-    the whole batch; the load-balance loss is not a sum over rows, and is the mean of the pieces' own.
+    It minimises the sum of the objective's means, each times its coefficient. The batch is split into microbatches by
+    striding over its rows, so that a row stays on its device.
 
     Args:
       graphdef: the model's structure.
-      state: concrete or abstract, for its shardings.
-      config: the run config.
-      mesh: the device mesh.
+      objective: of the run.
+      optimizer: of its trained parameters.
+      shardings: of the state.
+      microbatches: forward and backward passes whose gradients are accumulated; they divide the rows of a device.
     """
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    schedule = make_schedule(config.optimizer, config.train.num_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        trained, frozen = split_trained(state.params, config.optimizer)
+        def means_of(trained: nnx.State, microbatch: Batch) -> dict[str, Mean]:
+            return objective(nnx.merge(graphdef, trained, state.frozen), microbatch)
 
-        def objective(trained: nnx.State, piece: Batch, weight_sum: jax.Array) -> tuple[jax.Array, _Losses]:
-            model = nnx.merge(graphdef, trained, frozen, state.buffers)
-            losses = _losses(model, piece, weight_sum, config.train)
-            return losses.cross_entropy + config.train.load_balance_weight * losses.load_balance, losses
-
-        grads, losses = _accumulate(objective, trained, batch, config.train.grad_accum_steps)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = nnx.merge_state(optax.apply_updates(trained, updates), frozen)
-        grad_norm, param_norm = optax.global_norm(grads), optax.global_norm(state.params)
+        grads, means = _accumulate(means_of, state.trained, batch, microbatches)
+        updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        grad_norm = optax.global_norm(grads)
+        param_norm, new_norm = (
+            optax.global_norm(nnx.filter_state(nnx.merge_state(params, state.frozen), nnx.Param))
+            for params in (state.trained, trained)
+        )
         # It is infinite, or not a number, if any of the new parameters is.
-        new_norm = optax.global_norm(params)
         is_kept = new_norm * jnp.finfo(new_norm.dtype).eps < param_norm
         metrics = StepMetrics(
-            loss=losses.cross_entropy,
-            load_balance_loss=losses.load_balance,
+            means=means,
             grad_norm=grad_norm,
             param_norm=param_norm,
-            learning_rate=schedule(state.step),
+            learning_rate=optimizer.schedule(state.step),
             tokens=jnp.sum(batch.segment_ids > 0),
             images=jnp.sum(jnp.max(batch.patch_image_ids, axis=1, initial=0)),
-            expert_load=losses.expert_load,
-            is_sane=jnp.isfinite(losses.cross_entropy) & jnp.isfinite(grad_norm) & is_kept,
+            is_sane=jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm) & is_kept,
         )
-        return TrainState(state.step + 1, params, state.buffers, opt_state, state.rng), metrics
+        return TrainState(state.step + 1, trained, state.frozen, opt_state), metrics
 
-    shardings = shardings_of(state)
+    mesh = cast(Mesh, cast(NamedSharding, shardings.step).mesh)
     return jax.jit(
         train_step,
         in_shardings=(shardings, batch_sharding(mesh)),
@@ -105,41 +91,49 @@ def make_train_step(graphdef: nnx.GraphDef, state: TrainState, config: Any, mesh
     )
 
 
-def _losses(model: Any, batch: Batch, weight_sum: jax.Array, train: Any) -> _Losses:
-    """Forward pass of a piece of a batch whose loss weights sum to `weight_sum`."""
-    hidden, stats = model.hidden(batch)
-    log_probs = token_log_probs(hidden, model.head, batch.targets, chunk=train.loss_chunk)
-    loss_sum = -jnp.sum(log_probs * batch.loss_weights)
-    share = 1 / train.grad_accum_steps
-    if stats is None:
-        return _Losses(loss_sum / weight_sum, jnp.zeros(()), None)
-    return _Losses(loss_sum / weight_sum, jnp.mean(stats.load_balance_loss) * share, stats.load * share)
+def _accumulate(
+    means_of: Callable[[nnx.State, Batch], dict[str, Mean]], trained: nnx.State, batch: Batch, microbatches: int
+) -> tuple[nnx.State, dict[str, jax.Array]]:
+    """Gradients of what the means add up to, and the means, over all microbatches of a batch."""
 
+    def gradients(microbatch: Batch, weights: dict[str, Any] | None) -> tuple[nnx.State, dict[str, jax.Array]]:
+        def minimised(trained: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
+            means = means_of(trained, microbatch)
+            shares = {
+                name: mean.total / _nonzero(mean.weight if weights is None else weights[name])
+                for name, mean in means.items()
+            }
+            counted = [mean.coefficient * shares[name] for name, mean in means.items() if mean.coefficient]
+            return sum(counted[1:], counted[0]), shares
 
-def _accumulate(objective: Any, trained: nnx.State, batch: Batch, num_pieces: int) -> tuple[nnx.State, _Losses]:
-    """Gradients of the objective summed over the pieces of a batch, and its losses summed likewise."""
-    # A batch without any loss weight has no gradient, rather than one that is not a number.
-    weight_sum = jnp.sum(batch.loss_weights)
-    weight_sum = jnp.where(weight_sum > 0, weight_sum, 1)
+        return jax.grad(minimised, has_aux=True)(trained)
 
-    def gradients(piece: Batch) -> tuple[nnx.State, _Losses]:
-        return jax.grad(objective, has_aux=True)(trained, piece, weight_sum)
+    if microbatches == 1:
+        return gradients(batch, None)
 
-    if num_pieces == 1:
-        return gradients(batch)
-
-    def cut(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         # No -1: what is left out of a batch, such as its images, is an array of size 0.
-        pieces = jnp.swapaxes(x.reshape(x.shape[0] // num_pieces, num_pieces, *x.shape[1:]), 0, 1)
-        return jax.lax.with_sharding_constraint(pieces, P(None, BATCH_AXES))
+        strided = jnp.swapaxes(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 0, 1)
+        return jax.lax.with_sharding_constraint(strided, P(None, BATCH_AXES))
 
-    def add(total: Any, piece: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradients(piece)), None
+    def total(function: Callable[[Batch], Any]) -> Any:
+        first = jax.tree.map(lambda x: x[0], stacked)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first))
+        return jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, function(x)), None), zeros, stacked)[0]
 
-    pieces = jax.tree.map(cut, batch)
-    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], pieces))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zeros, pieces)[0]
+    stacked = jax.tree.map(split, batch)
+    # The weights of all microbatches, before the first is differentiated. What else the objective computes for them is
+    # not used, and so not compiled.
+    weights = {
+        name: mean.weight * microbatches if isinstance(mean.weight, float) else mean.weight
+        for name, mean in means_of(trained, batch).items()
+    }
+    return total(lambda microbatch: gradients(microbatch, weights))
+
+
+def _nonzero(weight: Any) -> Any:
+    """1 for a weight of 0: a batch without any has no gradient, rather than one that is not a number."""
+    return jnp.where(weight > 0, weight, 1)
 
 
 class EvalOutput(NamedTuple):
@@ -156,21 +150,25 @@ class EvalOutput(NamedTuple):
     greedy: jax.Array
 
 
-def make_eval_step(graphdef: nnx.GraphDef, state: TrainState, config: Any, mesh: Mesh) -> Any:
-    """The jitted forward pass (params, buffers, batch) -> EvalOutput. Arguments as in `make_train_step`."""
+def make_eval_step(graphdef: nnx.GraphDef, shardings: TrainState, *, chunk: int) -> Any:
+    """The jitted forward pass (trained, frozen, batch) -> EvalOutput.
 
-    def eval_step(params: nnx.State, buffers: nnx.State, batch: Batch) -> EvalOutput:
-        model = nnx.merge(graphdef, params, buffers)
+    Args:
+      graphdef: the model's structure.
+      shardings: of the state.
+      chunk: positions of a row whose logits exist at one time; divides its length.
+    """
+
+    def eval_step(trained: nnx.State, frozen: nnx.State, batch: Batch) -> EvalOutput:
+        model = nnx.merge(graphdef, trained, frozen)
         hidden, _ = model.hidden(batch)
-        chunk = config.train.loss_chunk
         log_probs = token_log_probs(hidden, model.head, batch.targets, chunk=chunk)
         loss_sum = -jnp.sum(log_probs * batch.loss_weights)
-        greedy = likeliest_tokens(hidden, model.head, chunk=chunk)
-        return EvalOutput(loss_sum, jnp.sum(batch.loss_weights), greedy)
+        return EvalOutput(loss_sum, jnp.sum(batch.loss_weights), likeliest_tokens(hidden, model.head, chunk=chunk))
 
-    shardings = shardings_of(state)
+    mesh = cast(Mesh, cast(NamedSharding, shardings.step).mesh)
     return jax.jit(
         eval_step,
-        in_shardings=(shardings.params, shardings.buffers, batch_sharding(mesh)),
+        in_shardings=(shardings.trained, shardings.frozen, batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, P()),
     )

@@ -1,8 +1,8 @@
 """Sound to log-mel features, as the audio tower reads them.
 
 Frames of 20 ms every 10 ms, the first centred at the beginning of the sound; the magnitudes of their Fourier transform,
-summed over triangular bands, and the logarithm of the sum. Source: spec section 4, and the feature extractor of the
-reference, which this equals bit for bit.
+summed over triangular bands, and the logarithm of the sum.
+Source: docs/gemma4.md section 4, and the feature extractor of the reference, which this equals bit for bit.
 """
 
 import functools

@@ -1,4 +1,7 @@
-"""The audio tower of E2B and E4B: log-mel features in, a soft token for every 40 ms out. Source: spec section 4."""
+"""The audio tower of E2B and E4B: log-mel features in, a soft token for every 40 ms out.
+
+Source: docs/gemma4.md section 4.
+"""
 
 import functools
 import math
@@ -247,7 +250,7 @@ def _visible(sound_ids: jax.Array, config: AudioConfig) -> jax.Array:
     past, chunk, future = _context(config)
     spans = member_spans(sound_ids, back=past - 1, ahead=max(future - 1, 0))
     start, stop = (bound.reshape(len(sound_ids), -1, chunk, 1) for bound in (spans.start, spans.stop))
-    keys = np.arange(0, sound_ids.shape[1], chunk)[:, None, None] + np.arange(-past, chunk + future)
+    keys = jnp.arange(0, sound_ids.shape[1], chunk)[:, None, None] + jnp.arange(-past, chunk + future)
     return (keys >= start) & (keys < stop)
 
 

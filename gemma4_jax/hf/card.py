@@ -105,8 +105,8 @@ def _notes(config: Mapping[str, Any], file_names: Collection[str]) -> list[str]:
             )
         else:
             notes.append(
-                f"llama.cpp sizes images by bounds of its own: set `--image-max-tokens {budget}`, and give images "
-                "large enough to be shrunk to it."
+                f"llama.cpp sizes images by bounds of its own: set `--image-max-tokens {budget}`, and give images that "
+                "need little resizing."
             )
     return notes
 

@@ -71,7 +71,7 @@ class Checkpoint:
         self.folder = local_path(folder)
         self.hf_config: dict[str, Any] = read_json(self.folder / "config.json")
         tokenizer = _tokenizer(self.folder)
-        self.config: Gemma4Config = from_hf(self.hf_config, tokenizer and tokenizer.tokens)
+        self.config: Gemma4Config = from_hf(self.hf_config, None if tokenizer is None else tokenizer.tokens)
         self.files: dict[str, TensorFile] = _open_files(self.folder)
         named: Callable[[str], str] = str
         if is_text_only(self.hf_config):
@@ -320,8 +320,8 @@ def _drop_tied_head(folder: Path, files: dict[str, TensorFile]) -> None:
         return
     stored = [(name, files[name]) for name in (HEAD, EMBEDDING)]
     is_same = len({file.tensors[name].shape for name, file in stored}) == 1 and all(
-        np.array_equal(*pair, equal_nan=True)
-        for pair in zip(*(in_blocks(file.read(name), DTYPES["F32"]) for name, file in stored), strict=True)
+        np.array_equal(head, table, equal_nan=True)
+        for head, table in zip(*(in_blocks(file.read(name), DTYPES["F32"]) for name, file in stored), strict=True)
     )
     for name, file in stored:
         file.release(name)

@@ -6,7 +6,7 @@ f MLP width, e experts, x width of an expert, l layers, q per-layer width, w vis
 width, o audio output, t taps and z channels of the depthwise convolution, i and u channels of the two others, b and c
 their taps in time and frequency, y frequency bins left.
 
-Source: spec section 6, and the state dict that transformers 5.23 builds from each official config.
+Source: docs/gemma4.md section 6, and the state dict that transformers 5.23 builds from each official config.
 """
 
 import dataclasses

@@ -170,10 +170,11 @@ def _soft_tokens(folder: Path, config: Gemma4Config) -> int:
         expected["feature_extractor"] = FEATURES
     for section, fields in expected.items():
         theirs = given.get(section)
-        for name, value in fields.items() if isinstance(theirs, dict) else ():
-            if theirs.get(name, value) != value:
+        said = theirs if isinstance(theirs, dict) else {}
+        for name, value in fields.items():
+            if said.get(name, value) != value:
                 raise InputError(
-                    f"{path}: {section}.{name}={theirs[name]!r:.60} is not supported: accepted is {value!r}."
+                    f"{path}: {section}.{name}={said[name]!r:.60} is not supported: accepted is {value!r}."
                 )
     return budget
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from gemma4_jax.errors import InputError
+from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import BATCH_AXES
 
 
@@ -56,6 +58,21 @@ def ragged_experts(
 IMPLEMENTATIONS = {"dense": dense_experts, "ragged": ragged_experts}
 
 
+def choose(policy: KernelPolicy) -> str:
+    """The implementation: "auto" is ragged except on CPU, where no grouped matmul exists.
+
+    Raises:
+      InputError: the policy names one that does not exist.
+    """
+    if policy.experts == "auto":
+        return "dense" if policy.platform == "cpu" else "ragged"
+    if policy.experts not in IMPLEMENTATIONS:
+        raise InputError(
+            f"experts={policy.experts!r} is not possible: it must be auto, {' or '.join(IMPLEMENTATIONS)}."
+        )
+    return policy.experts
+
+
 def apply_experts(
     x: jax.Array,
     choices: jax.Array,
@@ -63,7 +80,7 @@ def apply_experts(
     gate_up: jax.Array,
     down: jax.Array,
     *,
-    implementation: str = "auto",
+    implementation: str,
 ) -> jax.Array:
     """Sum over the chosen experts of weight * expert(token), with experts on the `expert` mesh axis.
 
@@ -77,12 +94,10 @@ def apply_experts(
       weights: [B, T, C] float32.
       gate_up: [E, D, 2, F] stacked gate and up projections, gate first.
       down: [E, F, D].
-      implementation: "dense", "ragged", or "auto": ragged except on CPU, where no grouped matmul exists.
+      implementation: a key of IMPLEMENTATIONS, from `choose`.
     Returns:
       [B, T, D] in x's dtype.
     """
-    if implementation == "auto":
-        implementation = "dense" if jax.default_backend() == "cpu" else "ragged"
     local = IMPLEMENTATIONS[implementation]
 
     def on_rows(x: jax.Array, choices: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:

@@ -10,8 +10,10 @@ from flax import nnx
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import TextConfig
 from gemma4_jax.layers import Linear, RMSNorm, rms_normalize
-from gemma4_jax.ops.attention import AttentionPolicy, Shape, attend, choose
+from gemma4_jax.ops import expert_parallel
+from gemma4_jax.ops.attention import Shape, attend, choose
 from gemma4_jax.ops.attention.spans import Spans, text_spans
+from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.rope import rotary_angles, rotary_frequencies, rotate
 from gemma4_jax.sharding import constrain
 
@@ -41,26 +43,28 @@ class AttentionView(NamedTuple):
     """What the layers need to know about the tokens, made once for all of them.
 
     Attributes:
-      index: [B, T] int32, place of each token among the keys.
+      places: [B, T] int32, of each token among the keys.
       is_token: [B, T] bool, False on padding.
       sliding_layer, global_layer: what attention of each kind of layer needs.
+      experts: what computes them, a key of `ops.expert_parallel.IMPLEMENTATIONS`.
     """
 
-    index: jax.Array
+    places: jax.Array
     is_token: jax.Array
     sliding_layer: LayerView
     global_layer: LayerView
+    experts: str
 
 
 def view_tokens(
-    config: TextConfig, batch: Batch, policy: AttentionPolicy, *, index: jax.Array, num_keys: int
+    config: TextConfig, batch: Batch, policy: KernelPolicy, *, index: jax.Array, num_keys: int
 ) -> AttentionView:
     """Rotary angles and spans of the tokens of a batch.
 
     Args:
       config: the decoder's architecture.
       batch: the tokens at hand.
-      policy: how attention is computed.
+      policy: what computes attention and experts.
       index: [B, T] int32, place of each token among the keys: in its row, or in a key-value cache.
       num_keys: S.
     """
@@ -77,11 +81,12 @@ def view_tokens(
         batch.segment_ids > 0,
         layer_view(sliding, head_dim, rotary_frequencies(head_dim, config.rope_theta)),
         layer_view(causal, global_head_dim, global_frequencies),
+        expert_parallel.choose(policy),
     )
 
 
 class Attention(nnx.Module):
-    """Attention of one decoder layer. Source: spec section 2, "Attention".
+    """Attention of one decoder layer. Source: docs/gemma4.md section 2, "Attention".
 
     Args of the constructor:
       is_global: global rather than sliding.
@@ -118,7 +123,7 @@ class Attention(nnx.Module):
           view: of the tokens.
           shared: keys and values to use if this layer shares them.
           cache: keys and values [B, S, K, H] of earlier calls, into which this call's are written at the queries'
-            index (dropped where it is S or more); without it the keys are the tokens themselves.
+            places (dropped where it is S or more); without it the keys are the tokens themselves.
         Returns:
           ([B, T, D], the keys and values that were attended to).
         """
@@ -132,7 +137,7 @@ class Attention(nnx.Module):
             if cache is not None:
                 rows = jnp.arange(x.shape[0])[:, None]
                 kv = KeyValues(
-                    *(old.at[rows, view.index].set(new, mode="drop") for old, new in zip(cache, kv, strict=True))
+                    *(old.at[rows, view.places].set(new, mode="drop") for old, new in zip(cache, kv, strict=True))
                 )
         return self.o(attend(q, kv.k, kv.v, layer.spans, implementation=layer.implementation)), kv
 

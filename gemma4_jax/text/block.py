@@ -24,7 +24,7 @@ def _post_norm(config: TextConfig, param_dtype: jnp.dtype) -> RMSNorm:
 
 
 class PerLayerInput(nnx.Module):
-    """Adds a layer's own embedding of the token, gated by the stream. Source: spec section 2, "Block"."""
+    """Adds a layer's own embedding of the token, gated by the stream. Source: docs/gemma4.md section 2, "Block"."""
 
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype):
         embed, per_layer = {"embed": config.embed_dim}, {"per_layer_embed": config.per_layer_embed_dim}
@@ -84,7 +84,7 @@ class DecoderLayer(nnx.Module):
         out = self.mlp(self.pre_mlp_norm(x))
         stats = None
         if self.moe is not None:
-            out, stats = self.moe(x, out, view.is_token)
+            out, stats = self.moe(x, out, view.is_token, view.experts)
         x = x + self.post_mlp_norm(out)
         if self.per_layer_input is not None:
             assert per_layer_embedding is not None

@@ -39,7 +39,7 @@ class Embedder(nnx.Module):
 class PerLayerEmbedder(nnx.Module):
     """One small embedding per token and layer: looked up by token, plus projected from the merged embedding.
 
-    `pad` is the id of the pad token. Source: spec section 2, "Per-layer embeddings".
+    `pad` is the id of the pad token. Source: docs/gemma4.md section 2, "Per-layer embeddings".
     """
 
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, pad: int, dtype: jnp.dtype, param_dtype: jnp.dtype):

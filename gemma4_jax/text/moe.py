@@ -24,7 +24,7 @@ class RouterStats(NamedTuple):
 
 
 class Router(nnx.Module):
-    """Chooses C experts for each token, in float32. Source: spec section 2, "MoE layer"."""
+    """Chooses C experts for each token, in float32. Source: docs/gemma4.md section 2, "MoE layer"."""
 
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype):
         self.num_choices = config.num_experts_per_token
@@ -76,8 +76,8 @@ class Experts(nnx.Module):
         )
         self.down = normal_param(rngs, expert | mlp | embed, param_dtype, stddev=config.expert_dim**-0.5)
 
-    def __call__(self, x: jax.Array, choices: jax.Array, weights: jax.Array) -> jax.Array:
-        return apply_experts(x, choices, weights, self.gate_up[...], self.down[...])
+    def __call__(self, x: jax.Array, choices: jax.Array, weights: jax.Array, implementation: str) -> jax.Array:
+        return apply_experts(x, choices, weights, self.gate_up[...], self.down[...], implementation=implementation)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -93,14 +93,17 @@ class MixtureOfExperts(nnx.Module):
         self.dense_post_norm = norm()
         self.post_norm = norm()
 
-    def __call__(self, residual: jax.Array, dense: jax.Array, is_token: jax.Array) -> tuple[jax.Array, RouterStats]:
+    def __call__(
+        self, residual: jax.Array, dense: jax.Array, is_token: jax.Array, implementation: str
+    ) -> tuple[jax.Array, RouterStats]:
         """Combines.
 
         Args:
           residual: [B, T, D], what the layer's MLP branch started from.
           dense: [B, T, D], output of the dense MLP.
           is_token: [B, T] bool, False on padding.
+          implementation: that computes the experts.
         """
         choices, weights, stats = self.router(residual, is_token)
-        sparse = self.experts(self.pre_norm(residual), choices, weights)
+        sparse = self.experts(self.pre_norm(residual), choices, weights, implementation)
         return self.dense_post_norm(dense) + self.post_norm(sparse), stats

@@ -1,7 +1,7 @@
 """From the size of an image and a budget of soft tokens to the grid of patches it is cut into.
 
 Pure Python: importing this module imports neither jax nor numpy.
-Source: spec section 3, "Image to patches".
+Source: docs/gemma4.md section 3, "Image to patches".
 """
 
 import math
@@ -28,7 +28,7 @@ def resized_size(
       (height, width) in pixels, both multiples of patch_size * pooling_size.
     Raises:
       InputError: if the image has no pixels, or no size within the budget exists for its shape.
-    Source: spec section 3; the same rounding as the reference, in the same order of float64 operations.
+    Source: docs/gemma4.md section 3; the same rounding as the reference, in the same order of float64 operations.
     """
     if height < 1 or width < 1:
         raise InputError(f"An image of {height} x {width} pixels has no content: both sides must be at least 1.")

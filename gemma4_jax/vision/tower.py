@@ -1,4 +1,4 @@
-"""The vision tower: packed patches of any aspect ratio in, pooled soft tokens out. Source: spec section 3."""
+"""The vision tower: packed patches of any aspect ratio in, pooled soft tokens out. Source: docs/gemma4.md section 3."""
 
 import math
 from typing import NamedTuple
@@ -9,8 +9,9 @@ from flax import nnx
 
 from gemma4_jax.config import VisionConfig
 from gemma4_jax.layers import Buffer, GatedMLP, Linear, RMSNorm, normal_param, remat, rms_normalize, stack_modules
-from gemma4_jax.ops.attention import AttentionPolicy, Shape, attend, choose
+from gemma4_jax.ops.attention import Shape, attend, choose
 from gemma4_jax.ops.attention.spans import Spans, member_spans
+from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.rope import rotary_angles, rotary_frequencies, rotate_2d
 
 # Where a tower that is trained from nothing starts: patches first, where they are second, what the layers make of
@@ -122,7 +123,7 @@ class VisionTower(nnx.Module):
             self.std_scale = Buffer(jnp.ones(config.embed_dim, param_dtype), axes=("norm",))
 
     def __call__(
-        self, patches: jax.Array, positions: jax.Array, image_ids: jax.Array, policy: AttentionPolicy
+        self, patches: jax.Array, positions: jax.Array, image_ids: jax.Array, policy: KernelPolicy
     ) -> jax.Array:
         """Encodes.
 

@@ -2,7 +2,9 @@
 
 import ast
 import inspect
+import math
 import re
+from pathlib import Path
 
 import jax
 import pytest
@@ -40,6 +42,23 @@ def test_parameters_and_batch_fit_the_stated_devices(name):
     model = nnx.eval_shape(lambda: Gemma4(architecture, nnx.Rngs(0)))
     shardings = param_shardings(nnx.state(model), mesh)
     assert len(jax.tree.leaves(shardings)) == len(jax.tree.leaves(nnx.state(model)))
+
+
+@pytest.mark.parametrize("name", sorted(run_config.shipped().keys() - {"base", "quickstart"}))
+def test_the_compiled_step_is_that_of_the_config_and_fits_a_chip(name):
+    """benchmarks/compile_configs.py is run again when one of these changes."""
+    config = run_config.load(run_config.shipped()[name])
+    page = (Path(__file__).parents[2] / "docs" / "compiled.md").read_text()
+    cells = re.findall(r"[^|\n]+", next(line for line in page.splitlines() if line.startswith(f"| {name} ")))
+    _, slice_name, mesh, rows, pieces, *_, together = (cell.strip() for cell in cells)
+    assert math.prod(map(int, slice_name.removeprefix("v5p:").split("x"))) == DEVICES.get(name, 1)
+    sizes = {axis: int(size) for axis, size in re.findall(r"(\w+) (\d+)", mesh)}
+    assert {axis: sizes.get(axis, 1) for axis in MESH_AXES if axis != "data"} == {
+        axis: config.mesh[axis] for axis in MESH_AXES if axis != "data"
+    }
+    assert rows == f"{config.data.batch_size} x {config.data.seq_len:,}"
+    assert int(pieces) == config.train.grad_accum_steps
+    assert float(together) < 95
 
 
 def test_every_field_of_base_has_a_comment():

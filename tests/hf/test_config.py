@@ -170,5 +170,12 @@ def test_transformers_reads_it_and_writes_it_back(name, tmp_path):
     assert from_hf(json.loads(json.dumps(theirs.to_dict()))) == config
 
 
+def test_what_readers_look_for():
+    """transformers before 5.17 knows no other rope type, and mlx-lm no other place of the vocabulary's size."""
+    content = written(sizes.e2b())
+    assert content["vision_config"]["rope_parameters"]["rope_type"] == "default"
+    assert content["vocab_size"] == content["text_config"]["vocab_size"] == 262144
+
+
 def test_generation_config():
     assert generation_config(sizes.BUNDLED_TOKENS) == {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}

@@ -117,7 +117,7 @@ def run_dir(config, state, tmp_path) -> Path:
     checkpoints, iterator = Checkpoints(run_dir, keep=2), iter(grain.MapDataset.range(9).to_iter_dataset())
     for step, values in ((1, jax.tree.map(jnp.zeros_like, spread)), (10, spread)):
         params, buffers = nnx.split_state(values, nnx.Param, Buffer)
-        checkpoints.save(step, TrainState(jnp.int32(step), params, buffers, (), jax.random.key(0)), iterator)
+        checkpoints.save(step, TrainState(jnp.int32(step), params, buffers, ()), iterator)
     checkpoints.close()
     model = {section: None if fields is None else vars(fields) for section, fields in vars(config).items()}
     content = {"model": model, "tokenizer": "bundled", "data": {"soft_tokens_per_image": 140}}

@@ -10,6 +10,7 @@ import gemma4_jax
 from gemma4_jax import sizes
 from gemma4_jax.errors import InputError
 from gemma4_jax.hf.convert import convert
+from gemma4_jax.hf.pretrained import _soft_tokens
 from gemma4_jax.hf.save import export_run
 from gemma4_jax.hf.source import carry_config, read_source
 from tests.hf import checkpoints
@@ -113,8 +114,6 @@ def test_a_tower_that_is_left_out_stays_out(folder):
     ],
 )
 def test_a_processor_that_is_not_computed_is_refused(size, section, field, folder, tmp_path):
-    from gemma4_jax.hf.pretrained import _soft_tokens
-
     config = CONFIG if size == "tiny" else sizes.e2b()
     content = read(folder / "processor_config.json")
     content["image_processor"] |= {"patch_size": config.vision.patch_size}

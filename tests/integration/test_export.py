@@ -1,6 +1,7 @@
 """What an export holds is the model: transformers loads it with its stock classes and computes the same logits."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -132,6 +133,13 @@ def test_the_processor_loads(export):
     picture = PIL.Image.fromarray(np.zeros((30, 70, 3), np.uint8))
     inputs = processor(text="<|image|>read: 4071", images=[picture], return_tensors="pt")
     assert inputs["pixel_values"].shape[1:] == (MAX_SOFT_TOKENS * 4, 48)
+
+
+def test_the_feature_extractor_is_all_that_the_reference_saves(export):
+    """Some readers have no defaults for it."""
+    given = json.loads((export / "processor_config.json").read_text())["feature_extractor"]
+    expected = transformers.Gemma4AudioFeatureExtractor().to_dict()
+    assert given == json.loads(json.dumps(expected, default=lambda array: array.tolist()))
 
 
 def test_it_generates(theirs, config):

@@ -14,8 +14,8 @@ from gemma4_jax.launch import run_config
 from gemma4_jax.sharding import batch_sharding, make_mesh
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.loop import train
-from gemma4_jax.train.state import abstract_state, create_state
-from gemma4_jax.train.step import make_train_step
+from gemma4_jax.train.program import make_program
+from gemma4_jax.train.state import create_state
 
 MESHES = {
     "one": {},
@@ -41,17 +41,16 @@ def loss_curve(config, sizes: dict[str, int]) -> list[float]:
     iterator = make_train_iterator(config, model_config, Tokenizer.load("bundled"))
     losses = []
     with jax.set_mesh(mesh):
-        graphdef, abstract = abstract_state(model_config, config, mesh)
-        state = create_state(abstract, model_config, config)
-        for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        program = make_program(config, model_config, mesh)
+        state = create_state(program.state, model_config, program.config)
+        for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
         if mesh.size > 1:
-            shares = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state.params)]
+            shares = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state.trained)]
             assert min(shares) <= 1 / 4  # parameters are really spread
-        step = make_train_step(graphdef, abstract, config, mesh)
         for _ in range(NUM_STEPS):
-            state, metrics = step(state, jax.device_put(next(iterator), batch_sharding(mesh)))
-            losses.append(float(metrics.loss))
+            state, metrics = program.train_step(state, jax.device_put(next(iterator), batch_sharding(mesh)))
+            losses.append(float(metrics.means["loss"]))
     iterator.close()
     return losses
 

@@ -85,6 +85,8 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path: Path):
     # By itself the run saves after every seventh step; SIGTERM leaves a checkpoint of the step it came in.
     assert 11 <= latest_step(stopped) < NUM_STEPS
     stop_at(stopped, latest_step(stopped) + 12, signal.SIGKILL)
+    told = max(step for step, loss, *_ in losses(stopped) if loss is not None)
+    assert told - latest_step(stopped) <= 7  # however far the files of its last checkpoint had come
     assert f"resumed from the checkpoint of step {latest_step(stopped)}" in finish(stopped)
 
     expected, resumed = final_state(whole), final_state(stopped)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from gemma4_jax.errors import InputError
-from gemma4_jax.ops.attention import IMPLEMENTATIONS, AttentionPolicy, Implementation, Shape, attend, choose
+from gemma4_jax.ops.attention import IMPLEMENTATIONS, Implementation, Shape, attend, choose
 from gemma4_jax.ops.attention.spans import Spans, document_spans, member_spans
+from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import make_mesh
 
 # float32 sums in another order, relative to the largest entry: the largest measured error is 4e-7.
@@ -186,15 +187,15 @@ def test_blocks_that_nobody_sees_are_not_visited():
 
 def test_the_choice_is_the_first_that_can_and_names_why_others_cannot(caplog):
     caplog.set_level("INFO")
-    assert choose(AttentionPolicy(), Shape(512, 512, 64)) == "blockwise"
-    assert choose(AttentionPolicy(), Shape(1, 511, 64)) == "reference"
+    assert choose(KernelPolicy(), Shape(512, 512, 64)) == "blockwise"
+    assert choose(KernelPolicy(), Shape(1, 511, 64)) == "reference"
     assert "reference (not blockwise: it has fewer queries than a block, which is 64)" in caplog.text
     with pytest.raises(
         InputError, match=r"'blockwise' is not possible for 1 queries .* is 64; possible are auto, reference"
     ):
-        choose(AttentionPolicy("blockwise"), Shape(1, 510, 64))
+        choose(KernelPolicy(attention="blockwise"), Shape(1, 510, 64))
     with pytest.raises(InputError, match=r"'flash' is not possible .* none of this name; possible are auto, blockwise"):
-        choose(AttentionPolicy("flash"), Shape(512, 512, 64))
+        choose(KernelPolicy(attention="flash"), Shape(512, 512, 64))
 
 
 def test_a_stranger_registers_an_implementation_in_a_few_lines(monkeypatch):
@@ -206,7 +207,7 @@ def test_a_stranger_registers_an_implementation_in_a_few_lines(monkeypatch):
         return None if platform == "cpu" else "it was tried on CPU only"
 
     monkeypatch.setitem(IMPLEMENTATIONS, "jax", Implementation(from_jax, reason_against))
-    assert choose(AttentionPolicy("jax"), Shape(14, 14, 4)) == "jax"
+    assert choose(KernelPolicy(attention="jax"), Shape(14, 14, 4)) == "jax"
     q, k, v = random(2, 14, 6, 4, seed=0), random(2, 14, 3, 4, seed=1), random(2, 14, 3, 4, seed=2)
     spans = spans_of(SEGMENTS, IMAGES, 3)
     given, expected = (attend(q, k, v, spans, implementation=name) for name in ("jax", "reference"))

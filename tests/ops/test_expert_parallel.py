@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma4_jax.ops.expert_parallel import IMPLEMENTATIONS, apply_experts
+from gemma4_jax.errors import InputError
+from gemma4_jax.ops.expert_parallel import IMPLEMENTATIONS, apply_experts, choose
+from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import make_mesh
 
 B, T, D, E, C, F = 8, 6, 5, 8, 2, 4
@@ -62,6 +64,19 @@ def test_every_token_reaches_every_expert_that_it_chose(implementation, inputs):
         return apply_experts(*inputs, implementation=implementation)
 
     assert_close(value_and_gradients(experts, inputs), value_and_gradients(naive, inputs))
+
+
+def test_what_is_auto_goes_by_the_platform_and_what_does_not_exist_is_refused():
+    assert [choose(KernelPolicy(platform)) for platform in ("cpu", "gpu", "tpu")] == ["dense", "ragged", "ragged"]
+    assert choose(KernelPolicy(experts="ragged")) == "ragged"
+    with pytest.raises(InputError, match="experts='fast' is not possible: it must be auto, dense or ragged"):
+        choose(KernelPolicy(experts="fast"))
+
+
+@pytest.mark.parametrize(("implementation", "is_grouped"), [("dense", False), ("ragged", True)])
+def test_the_implementation_that_is_named_is_run(implementation, is_grouped, inputs):
+    program = jax.make_jaxpr(lambda *inputs: apply_experts(*inputs, implementation=implementation))(*inputs)
+    assert ("ragged_dot" in str(program)) == is_grouped
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

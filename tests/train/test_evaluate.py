@@ -9,8 +9,9 @@ from gemma4_jax.launch.run_config import model_config
 from gemma4_jax.sharding import make_mesh
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.evaluate import decode_greedily, evaluate, read_greedily
-from gemma4_jax.train.state import abstract_state, create_state
-from gemma4_jax.train.step import EvalOutput, make_eval_step
+from gemma4_jax.train.program import make_program
+from gemma4_jax.train.state import create_state
+from gemma4_jax.train.step import EvalOutput
 
 
 @pytest.fixture
@@ -28,10 +29,9 @@ def held_out(shallow_config):
 def eval_step(shallow_config, mesh):
     model = model_config(shallow_config)
     with jax.set_mesh(mesh):
-        graphdef, abstract = abstract_state(model, shallow_config, mesh)
-        state = create_state(abstract, model, shallow_config)
-        forward = make_eval_step(graphdef, abstract, shallow_config, mesh)
-        yield lambda batch: forward(state.params, state.buffers, batch)
+        program = make_program(shallow_config, model, mesh)
+        state = create_state(program.state, model, program.config)
+        yield lambda batch: program.eval_step(state.trained, state.frozen, batch)
 
 
 def test_one_pass_and_token_by_token_agree(eval_step, held_out, mesh):

@@ -27,7 +27,8 @@ def test_what_is_unsaved_is_saved_and_then_the_run_leaves(number, name):
         assert not interruption.is_due(1)
         interruption.has_unsaved = True
         signal.raise_signal(number)
-        while not said:
+        ends = time.monotonic() + 60
+        while not said and time.monotonic() < ends:
             time.sleep(0.001)
         assert interruption.is_due(1)
         interruption.saved_step = 12

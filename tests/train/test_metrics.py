@@ -12,13 +12,12 @@ from gemma4_jax.train.step import StepMetrics
 
 
 def step_metrics(loss: float, *, is_sane: bool = True) -> StepMetrics:
-    values = {"load_balance_loss": 1.0, "grad_norm": 2.0, "param_norm": 3.0, "learning_rate": 0.1}
+    values = {"grad_norm": 2.0, "param_norm": 3.0, "learning_rate": 0.1}
     return StepMetrics(
-        loss=jnp.float32(loss),
+        means={"loss": jnp.float32(loss), "expert_load": jnp.array([[0.25, 0.75]])},
         **{name: jnp.float32(value) for name, value in values.items()},
         tokens=jnp.int32(60),
         images=jnp.int32(3),
-        expert_load=jnp.array([[0.25, 0.75]]),
         is_sane=jnp.array(is_sane),
     )
 

@@ -63,7 +63,7 @@ def test_frozen_groups_are_split_off_and_have_no_optimizer_state(params, tiny_co
     trained, frozen = split_trained(params, tiny_config.optimizer)
     assert {group_of(path) for path in by_path(frozen)} == {"vision"}
     assert {group_of(path) for path in by_path(trained)} == {"embedding", "decoder"}
-    opt_state = make_optimizer(tiny_config.optimizer, 10).init(trained)
+    opt_state = make_optimizer(tiny_config.optimizer, 10).transform.init(trained)
     moments = sum(leaf.size for leaf in jax.tree.leaves(opt_state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(trained))
 
@@ -83,7 +83,7 @@ def test_updates_are_adamw_by_hand(params, tiny_config):
     config.learning_rate_scale.vision, config.learning_rate_scale.embedding = 0.1, 2.0
     scales = {"vision": 0.1, "image_projection": 0.1, "embedder": 2.0}
     rng = np.random.default_rng(0)
-    optimizer = make_optimizer(config, num_steps=100)
+    optimizer = make_optimizer(config, num_steps=100).transform
     update, opt_state = jax.jit(optimizer.update), optimizer.init(params)
     first = second = dict.fromkeys(by_path(params), 0.0)
     for step, rate in ((1, 0.125), (2, 0.25)):
@@ -101,7 +101,7 @@ def test_updates_are_adamw_by_hand(params, tiny_config):
 
 
 def test_gradients_within_the_norm_are_left_alone(params, tiny_config):
-    optimizer = make_optimizer(tiny_config.optimizer, num_steps=10)
+    optimizer = make_optimizer(tiny_config.optimizer, num_steps=10).transform
     small = jax.tree.map(lambda leaf: 1e-6 * leaf, params)
     _, opt_state = jax.jit(optimizer.update)(small, optimizer.init(params), params)
     for moment in jax.tree.leaves(opt_state[1].mu):

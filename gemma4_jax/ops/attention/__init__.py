@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from gemma4_jax.errors import InputError
 from gemma4_jax.ops.attention import blockwise, reference
 from gemma4_jax.ops.attention.spans import Spans
+from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import BATCH_AXES
 
 
@@ -41,20 +42,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 """Name -> implementation, in the order in which "auto" asks them."""
 
 
-class AttentionPolicy(NamedTuple):
-    """How a model computes attention.
-
-    Attributes:
-      implementation: a key of IMPLEMENTATIONS, or "auto": the first that can.
-      platform: of the devices that will compute it: "cpu", "gpu" or "tpu".
-    """
-
-    implementation: str = "auto"
-    platform: str = "cpu"
-
-
 @functools.cache
-def choose(policy: AttentionPolicy, shape: Shape) -> str:
+def choose(policy: KernelPolicy, shape: Shape) -> str:
     """The implementation for a shape. It is logged, with the reasons against those before it, once for each shape.
 
     Raises:
@@ -62,7 +51,7 @@ def choose(policy: AttentionPolicy, shape: Shape) -> str:
     """
     reasons = {name: known.reason_against(shape, policy.platform) for name, known in IMPLEMENTATIONS.items()}
     able = [name for name, reason in reasons.items() if reason is None]
-    chosen = able[0] if policy.implementation == "auto" else policy.implementation
+    chosen = able[0] if policy.attention == "auto" else policy.attention
     if chosen not in able:
         reason = reasons.get(chosen, "there is none of this name")
         raise InputError(

@@ -1,0 +1,34 @@
+"""Supervised training: the cross entropy of the next token, and the load balance of the experts."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from gemma4_jax.batch import Batch
+from gemma4_jax.model import Gemma4
+from gemma4_jax.ops.cross_entropy import token_log_probs
+from gemma4_jax.train.objectives import Mean, Objective
+
+
+def sft(train: Any) -> Objective:
+    """The objective of pre-training and of supervised fine-tuning.
+
+    Its means: loss, cross entropy in nats over the loss weights; where there are experts load_balance_loss, over
+    layers, 1 when perfectly even; and expert_load, [L, E] share of the choices that went to each expert.
+
+    Args:
+      train: `config.train`; loss_chunk and load_balance_weight are read.
+    """
+
+    def objective(model: Gemma4, batch: Batch) -> dict[str, Mean]:
+        hidden, stats = model.hidden(batch)
+        log_probs = token_log_probs(hidden, model.head, batch.targets, chunk=train.loss_chunk)
+        loss = -jnp.sum(log_probs * batch.loss_weights)
+        means = {"loss": Mean(loss, jnp.sum(batch.loss_weights), coefficient=1.0)}
+        if stats is not None:
+            balance = jnp.mean(stats.load_balance_loss)
+            means["load_balance_loss"] = Mean(balance, 1.0, coefficient=train.load_balance_weight)
+            means["expert_load"] = Mean(stats.load, 1.0)
+        return means
+
+    return objective
