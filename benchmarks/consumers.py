@@ -311,7 +311,8 @@ soft tokens (`--image-min-tokens`, `--image-max-tokens`), and resizes them in it
 that is shrunk from 200 x 150 pixels to 108 x 84 moves logits by 0.3 of the largest. The quickstart pools 2 x 2,
 so llama.cpp reads its text alone; its model card says so. With soft tokens of 3 x 3 patches its vision tower sees 2.25
 times as many patches: with one attention head in place of two a step takes about as long, and after 600 steps it read
-76% of the numbers, not 94%; with both heads a step takes more than twice as long.
+76% of the numbers, not 94%; with both heads a step took more than twice as long, when attention still paid for the
+largest image that a row might hold.
 """
 
 
