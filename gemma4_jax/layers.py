@@ -1,4 +1,4 @@
-"""The few modules that text, vision and audio share, and the two kinds of stored arrays."""
+"""The few modules that text, vision and audio share, and how a module holds its arrays."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from gemma4_jax.ops.matmul import Matrix, contract
 
 
 class Buffer(nnx.Variable):
@@ -30,8 +32,23 @@ def constant_param(axes: dict[str, int], dtype: jnp.dtype, value: float = 1.0) -
     return nnx.Param(jnp.full(tuple(axes.values()), value, dtype), axes=tuple(axes))
 
 
+def weight(module: nnx.Module, name: str) -> Matrix:
+    """The matrix that a module holds under a name, for the products of `ops.matmul`.
+
+    It is the value of the parameter of that name, or what the adapter beside it makes of that value: an attribute
+    `<name>_adapter`, a module of whoever adapts the model, which is called with the value and returns the matrix to
+    use. The parameter itself keeps its path and its axes; the adapter's own lie beside it, such as
+    `q.kernel_adapter.a`, and are stacked, scanned, sharded, frozen or trained as those of any module.
+    """
+    stored = getattr(module, name).get_value()
+    adapter = getattr(module, f"{name}_adapter", None)
+    return stored if adapter is None else adapter(stored)
+
+
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU, tanh approximation, as every MLP of Gemma 4 uses it.
+    """GELU, tanh approximation: of the MLPs and per-layer gates of the decoder and the MLPs of the vision tower.
+
+    The audio tower has SiLU in its place.
 
     Its factor (1 + tanh u) / 2 is written as sigmoid(2 u): the sum keeps no digits of what is nearly zero.
     """
@@ -50,7 +67,7 @@ class RMSNorm(nnx.Module):
     Args of the constructor:
       axes: the normalised axis, its logical name -> size.
       initial_scale: what the weight starts from. Norms that stand after a branch make its output as large as they
-        say, whatever the branch computes: at one, branches of random weights would drown the stream they add to.
+        say, whatever the branch computes: at one, branches of random weights would drown the residual stream.
     """
 
     def __init__(self, axes: dict[str, int], *, eps: float, param_dtype: jnp.dtype, initial_scale: float = 1.0):
@@ -94,7 +111,7 @@ class Linear(nnx.Module):
         """[..., *inputs] -> [..., *outputs], in x's dtype."""
         if self.is_clipped:
             x = _clip(x, self.input_min[...], self.input_max[...])
-        x = _contract(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+        x = contract(x, weight(self, "kernel"), self.num_inputs)
         if self.is_clipped:
             x = _clip(x, self.output_min[...], self.output_max[...])
         return x
@@ -106,27 +123,22 @@ def _clip(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     return jnp.where(x < low, low, jnp.where(x > high, high, x))
 
 
-def _contract(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
-    """Contracts the last `num_inputs` axes of x with the first of the kernel, as one matrix product if it can.
-
-    The gradient of a contraction over two axes of tokens makes the CPU backend transpose both operands; over one axis
-    it does not. Where the length is spread over `context`, rows and length cannot become one axis.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.shape["context"] > 1:
-        return jnp.tensordot(x, kernel, axes=num_inputs)
-    outputs = kernel.shape[num_inputs:]
-    matrix = kernel.reshape(-1, math.prod(outputs))
-    return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[: x.ndim - num_inputs], *outputs)
-
-
 class GatedMLP(nnx.Module):
-    """down(gelu(gate x) * up x), the MLP of decoder and vision tower. Source: docs/gemma4.md sections 2 and 3."""
+    """down(gelu(gate x) * up x), the MLP of decoder and vision tower. Source: docs/gemma4.md sections 2 and 3.
+
+    Args of the constructor:
+      narrow, wide: the axis outside and the one inside, logical name -> size.
+    """
 
     def __init__(
-        self, rngs: nnx.Rngs, *, embed_dim: int, mlp_dim: int, param_dtype: jnp.dtype, is_clipped: bool = False
+        self,
+        rngs: nnx.Rngs,
+        narrow: dict[str, int],
+        wide: dict[str, int],
+        *,
+        param_dtype: jnp.dtype,
+        is_clipped: bool = False,
     ):
-        narrow, wide = {"embed": embed_dim}, {"mlp": mlp_dim}
         self.gate = Linear(rngs, narrow, wide, param_dtype=param_dtype, is_clipped=is_clipped)
         self.up = Linear(rngs, narrow, wide, param_dtype=param_dtype, is_clipped=is_clipped)
         self.down = Linear(rngs, wide, narrow, param_dtype=param_dtype, is_clipped=is_clipped)

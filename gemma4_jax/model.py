@@ -8,9 +8,10 @@ from gemma4_jax.audio.tower import NORM_EPS as AUDIO_NORM_EPS
 from gemma4_jax.audio.tower import AudioTower
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
-from gemma4_jax.layers import Linear, rms_normalize
+from gemma4_jax.layers import Linear, rms_normalize, weight
 from gemma4_jax.ops.cross_entropy import Head, vocabulary_logits
 from gemma4_jax.ops.gather import invert_rows, move_rows
+from gemma4_jax.ops.matmul import value
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import constrain
 from gemma4_jax.text.attention import view_tokens
@@ -74,7 +75,7 @@ class Gemma4(nnx.Module):
     @property
     def head(self) -> Head:
         """From hidden states to logits; its table is the token embedding."""
-        return Head(self.embedder.table[...], self.config.text.final_logit_softcap)
+        return Head(value(weight(self.embedder, "table")), self.config.text.final_logit_softcap)
 
     def __call__(self, batch: Batch) -> jax.Array:
         """[B, T, V] float32 logits of the next token, soft-capped."""

@@ -13,8 +13,9 @@ from flax import nnx
 
 from gemma4_jax.audio.features import FRAMES_PER_SOFT_TOKEN
 from gemma4_jax.config import AudioConfig
-from gemma4_jax.layers import Linear, RMSNorm, constant_param, normal_param, remat, stack_modules
+from gemma4_jax.layers import Linear, RMSNorm, constant_param, normal_param, remat, stack_modules, weight
 from gemma4_jax.ops.attention.spans import member_spans
+from gemma4_jax.ops.matmul import value
 
 NORM_EPS = 1e-6
 """Epsilon of every norm of the tower."""
@@ -41,7 +42,7 @@ class Subsample(nnx.Module):
         x = jnp.where(is_frame[:, :, None, None], x, 0)
         x = jax.lax.conv_general_dilated(
             x,
-            self.kernel[...].astype(x.dtype),
+            value(weight(self, "kernel")).astype(x.dtype),
             window_strides=(2, 2),
             padding=((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -127,7 +128,7 @@ class LightConvolution(nnx.Module):
         both = self.start(self.pre_norm(x))
         gated = both[..., 0, :] * jax.nn.sigmoid(both[..., 1, :])
         # A sum of shifted copies: a grouped convolution of one channel a group is slow on every backend.
-        kernel = self.kernel[...].astype(gated.dtype).astype(jnp.float32)
+        kernel = value(weight(self, "kernel")).astype(gated.dtype).astype(jnp.float32)
         taps, length = len(kernel), x.shape[1]
         padded = jnp.pad(gated, ((0, 0), (taps - 1, 0), (0, 0)))
         # What lies farther back than the sound begins is another sound, and counts as silence.

@@ -24,7 +24,10 @@ def _post_norm(config: TextConfig, param_dtype: jnp.dtype) -> RMSNorm:
 
 
 class PerLayerInput(nnx.Module):
-    """Adds a layer's own embedding of the token, gated by the stream. Source: docs/gemma4.md section 2, "Block"."""
+    """Adds a layer's own embedding of the token, gated by the residual stream.
+
+    Source: docs/gemma4.md section 2, "Block".
+    """
 
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype):
         embed, per_layer = {"embed": config.embed_dim}, {"per_layer_embed": config.per_layer_embed_dim}
@@ -48,8 +51,8 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(rngs, config, is_global=is_global, shares_kv=shares_kv, param_dtype=param_dtype)
         self.mlp = GatedMLP(
             rngs,
-            embed_dim=config.embed_dim,
-            mlp_dim=config.mlp_dim * (2 if is_wide else 1),
+            {"embed": config.embed_dim},
+            {"mlp": config.mlp_dim * (2 if is_wide else 1)},
             param_dtype=param_dtype,
         )
         self.pre_attention_norm = norm()

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.config import TextConfig
-from gemma4_jax.layers import Linear, RMSNorm, normal_param
+from gemma4_jax.layers import Linear, RMSNorm, normal_param, weight
+from gemma4_jax.ops.matmul import Matrix, take
 
 
-def _look_up(table: jax.Array, tokens: jax.Array, pad: int) -> jax.Array:
+def _look_up(table: Matrix, tokens: jax.Array, pad: int, dtype: jnp.dtype) -> jax.Array:
     """Rows of a [V, ...] table by [B, T] ids. To be looked up does not train the pad row, as in the reference."""
-    rows = table[tokens]
+    rows = take(table, tokens, dtype)
     is_pad = jnp.expand_dims(tokens == pad, range(2, rows.ndim))
     return jnp.where(is_pad, jax.lax.stop_gradient(rows), rows)
 
@@ -32,7 +33,7 @@ class Embedder(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, T] ids -> [B, T, D], scaled by sqrt(D), which is first rounded to the compute dtype."""
-        rows = _look_up(self.table[...], tokens, self.pad).astype(self.dtype)
+        rows = _look_up(weight(self, "table"), tokens, self.pad, self.dtype)
         return rows * jnp.asarray(math.sqrt(rows.shape[-1]), self.dtype)
 
 
@@ -62,7 +63,7 @@ class PerLayerEmbedder(nnx.Module):
         Returns:
           [L, B, T, Q].
         """
-        by_token = _look_up(self.table[...], tokens, self.pad).astype(self.dtype)
+        by_token = _look_up(weight(self, "table"), tokens, self.pad, self.dtype)
         by_token *= jnp.asarray(math.sqrt(by_token.shape[-1]), self.dtype)
         by_context = self.norm(self.projection(x) * jnp.asarray(x.shape[-1] ** -0.5, self.dtype))
         return jnp.moveaxis((by_context + by_token) * jnp.asarray(2**-0.5, self.dtype), 2, 0)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.config import TextConfig
-from gemma4_jax.layers import RMSNorm, constant_param, normal_param, rms_normalize
+from gemma4_jax.layers import RMSNorm, constant_param, normal_param, rms_normalize, weight
 from gemma4_jax.ops.expert_parallel import apply_experts
+from gemma4_jax.ops.matmul import contract, value
 
 
 class RouterStats(NamedTuple):
@@ -47,9 +48,8 @@ class Router(nnx.Module):
         Returns:
           (expert index [B, T, C] int32, weight [B, T, C] float32, statistics).
         """
-        scale, kernel = self.scale[...].astype(jnp.float32), self.kernel[...].astype(jnp.float32)
-        u = rms_normalize(x, self.eps) * scale * x.shape[-1] ** -0.5
-        probabilities = jax.nn.softmax(u @ kernel, axis=-1)
+        u = rms_normalize(x, self.eps) * self.scale[...].astype(jnp.float32) * x.shape[-1] ** -0.5
+        probabilities = jax.nn.softmax(contract(u, weight(self, "kernel"), 1), axis=-1)
         top, choices = jax.lax.top_k(probabilities, self.num_choices)
         weights = top / jnp.sum(top, axis=-1, keepdims=True)
         weights *= self.per_expert_scale[...].astype(jnp.float32)[choices]
@@ -77,7 +77,8 @@ class Experts(nnx.Module):
         self.down = normal_param(rngs, expert | mlp | embed, param_dtype, stddev=config.expert_dim**-0.5)
 
     def __call__(self, x: jax.Array, choices: jax.Array, weights: jax.Array, implementation: str) -> jax.Array:
-        return apply_experts(x, choices, weights, self.gate_up[...], self.down[...], implementation=implementation)
+        gate_up, down = value(weight(self, "gate_up")), value(weight(self, "down"))
+        return apply_experts(x, choices, weights, gate_up, down, implementation=implementation)
 
 
 class MixtureOfExperts(nnx.Module):

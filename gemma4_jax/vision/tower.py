@@ -8,9 +8,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.config import VisionConfig
-from gemma4_jax.layers import Buffer, GatedMLP, Linear, RMSNorm, normal_param, remat, rms_normalize, stack_modules
+from gemma4_jax.layers import (
+    Buffer,
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    normal_param,
+    remat,
+    rms_normalize,
+    stack_modules,
+    weight,
+)
 from gemma4_jax.ops.attention import Shape, attend, choose
 from gemma4_jax.ops.attention.spans import Spans, member_spans
+from gemma4_jax.ops.matmul import value
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.rope import rotary_angles, rotary_frequencies, rotate_2d
 
@@ -80,8 +91,8 @@ class VisionLayer(nnx.Module):
         self.attention = VisionAttention(rngs, config, param_dtype=param_dtype)
         self.mlp = GatedMLP(
             rngs,
-            embed_dim=config.embed_dim,
-            mlp_dim=config.mlp_dim,
+            {"embed": config.embed_dim},
+            {"mlp": config.mlp_dim},
             param_dtype=param_dtype,
             is_clipped=config.uses_clipped_linears,
         )
@@ -154,7 +165,7 @@ class VisionTower(nnx.Module):
     def _embed(self, patches: jax.Array, positions: jax.Array, is_patch: jax.Array) -> jax.Array:
         # 2 (p / 255 - 0.5), but for whole numbers until the last step: nothing cancels, whatever the compiler does.
         pixels = (2 * patches.astype(jnp.float32) - 255) / 255
-        table = self.position_table[...].astype(self.dtype)
+        table = value(weight(self, "position_table")).astype(self.dtype)
         places = jnp.maximum(positions, 0)
         position = table[0][places[..., 0]] + table[1][places[..., 1]]
         return self.patch_embed(pixels.astype(self.dtype)) + jnp.where(is_patch[..., None], position, 0)
