@@ -1,7 +1,6 @@
 """The few modules that text, vision and audio share, and how a module holds its arrays."""
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -145,23 +144,3 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(gelu(self.gate(x)) * self.up(x))
-
-
-def stack_modules(build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, count: int) -> nnx.Module:
-    """`count` modules of one shape as one module whose arrays have a leading "layers" axis, for `jax.lax.scan`."""
-    return nnx.vmap(lambda key: build(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), count))
-
-
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-"""What a stack keeps for the backward pass: everything, the results of weight matmuls, or only each block's input."""
-
-
-def remat(function: Callable, policy: str) -> Callable:
-    """`function` with its intermediates recomputed in the backward pass as REMAT_POLICIES[policy] says."""
-    if policy == "none":
-        return function
-    return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=False)

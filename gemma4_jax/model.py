@@ -32,7 +32,7 @@ class Gemma4(nnx.Module):
       rngs: randomness of the initial parameters, stream "params".
       dtype: compute dtype.
       param_dtype: dtype in which parameters are stored.
-      remat: what the stacks keep for the backward pass, a key of `layers.REMAT_POLICIES`.
+      remat: what the stacks keep for the backward pass, a key of `stack.REMAT_POLICIES`.
       kernels: what computes attention and experts, and on which platform.
     """
 
@@ -69,7 +69,7 @@ class Gemma4(nnx.Module):
         else:
             self.audio = AudioTower(rngs, audio, dtype=dtype, param_dtype=param_dtype, remat_policy=remat)
             self.audio_projection = Linear(
-                rngs, {"audio_embed": audio.output_dim}, {"embed": text.embed_dim}, param_dtype=param_dtype
+                rngs, {"audio_output": audio.output_dim}, {"embed": text.embed_dim}, param_dtype=param_dtype
             )
 
     @property

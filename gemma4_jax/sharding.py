@@ -25,28 +25,34 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "frames": None,
     # parameters
     "embed": "fsdp",
+    "per_layer_embed": "fsdp",
+    "vision_embed": "fsdp",
+    "audio_embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "conv": "tensor",
     "expert": "expert",
+    "expert_score": None,
     "layers": None,
     "head_dim": None,
-    "per_layer_embed": None,
-    "per_layer_table": "fsdp",
     "gate_and_up": None,
     "patch": None,
     "xy": None,
     "position": None,
-    "vision_embed": None,
-    "audio_embed": None,
+    "audio_output": None,
     "tap": None,
     "mel": None,
     "channel": None,
     "in_channel": None,
-    "norm": None,
+    "scalar": None,
 }
 """THE table. A logical axis that is missing here is a bug, and two of one array on one mesh axis are an error."""
+
+YIELDING = ("per_layer_embed", "vision_embed")
+"""Logical axes that leave their mesh axis to another of the same array, such as a projection to "embed", that has it
+too."""
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -90,12 +96,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def partition_spec(axes: Sequence[str | None]) -> P:
-    """Logical axis names of one array -> its PartitionSpec.
+    """Logical axis names of one array -> its PartitionSpec; an axis without a name is whole on every device.
 
     Raises:
       ValueError: if two axes of the array would be spread over the same mesh axis.
     """
-    spec = [None if axis is None else LOGICAL_TO_MESH[axis] for axis in axes]
+    asked = [None if axis is None else LOGICAL_TO_MESH[axis] for axis in axes]
+    spec = [
+        None if axis in YIELDING and asked.count(entry) > 1 else entry for axis, entry in zip(axes, asked, strict=True)
+    ]
     used = [name for entry in spec if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(axes)} put one mesh axis on two axes of the same array: {spec}")
@@ -105,9 +114,10 @@ def partition_spec(axes: Sequence[str | None]) -> P:
 def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
     """Shardings of a model's variables, from the logical axes they carry.
 
-    A stacked variable has one leading axis more than it names: "layers". Key-value heads fewer than the tensor axis
-    are replicated, as grouped-query attention does everywhere; any other axis that its mesh axis does not divide is
-    an error.
+    A stacked variable has one leading axis more than it names: "layers". Variables with less than two axes of their own
+    (scales of norms, biases, clip bounds) are replicated: they are small, and what they multiply is whole. So are
+    key-value heads fewer than the tensor axis, as grouped-query attention does everywhere; any other axis that its mesh
+    axis does not divide is an error.
 
     Args:
       state: concrete or abstract nnx.State.
@@ -120,10 +130,11 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
 
     def sharding(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         shape = variable.get_value().shape
-        axes = list(variable.get_metadata()["axes"])
-        axes = ["layers"] * (len(shape) - len(axes)) + axes
-        for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
-            mesh_axis = LOGICAL_TO_MESH[axis]
+        own = list(variable.get_metadata()["axes"])
+        if len(own) < 2:
+            return variable.replace(NamedSharding(mesh, P(*[None] * len(shape))))
+        axes = ["layers"] * (len(shape) - len(own)) + own
+        for i, (axis, mesh_axis, size) in enumerate(zip(axes, partition_spec(axes), shape, strict=True)):
             if mesh_axis is None or size % mesh.shape[mesh_axis] == 0:
                 continue
             if axis != "kv_heads":
@@ -132,7 +143,7 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
                     f"mesh.{mesh_axis}={mesh.shape[mesh_axis]} does not divide axis {axis!r} of {name}, which is "
                     f"{size}: choose a divisor of {size}."
                 )
-            axes[i] = "head_dim"
+            axes[i] = None
         return variable.replace(NamedSharding(mesh, partition_spec(axes)))
 
     return nnx.map_state(sharding, state)

@@ -15,7 +15,7 @@ FLOORS = [
     ("counts",),
     ("model",),
     ("text", "vision", "audio"),
-    ("layers",),
+    ("layers", "stack"),
     ("ops",),
     ("sharding", "rope"),
     ("chat",),

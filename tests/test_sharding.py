@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,65 @@ def test_every_array_of_every_size_has_axes_of_the_table(size):
     for path, variable in nnx.to_flat_state(shardings):
         # As many entries as axes: none is left to chance.
         assert len(variable.get_value().spec) == variables[path].get_value().ndim, path
+        assert set(variables[path].get_metadata()["axes"]) <= LOGICAL_TO_MESH.keys(), path
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_axis_that_is_called_a_width_has_that_width(size):
+    config = SIZES[size]()
+    text, vision, audio = config.text, config.vision, config.audio
+    widths = {
+        "vocab": text.vocab_size,
+        "embed": text.embed_dim,
+        "per_layer_embed": text.per_layer_embed_dim,
+        "expert": text.num_experts,
+        "expert_score": text.num_experts,
+        "vision_embed": vision and vision.embed_dim,
+        "audio_embed": audio and audio.embed_dim,
+        "audio_output": audio and audio.output_dim,
+    }
+    model = nnx.eval_shape(lambda: Gemma4(config, nnx.Rngs(0)))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        axes = variable.get_metadata()["axes"]
+        shape = variable.get_value().shape
+        for axis, width in zip(axes, shape[len(shape) - len(axes) :], strict=True):
+            assert width == widths.get(axis, width), (path, axis)
+
+
+SPECS = {
+    r"embedder\.table": P("tensor", "fsdp"),
+    r"per_layer_embedder\.table": P("tensor", None, "fsdp"),
+    r"per_layer_embedder\.projection\.kernel": P("fsdp", None, None),
+    r".*layers.*\.attention\.(q|k|v|relative_k)\.kernel": P(None, "fsdp", "tensor", None),
+    r".*layers.*\.attention\.o\.kernel": P(None, "tensor", None, "fsdp"),
+    r".*layers.*mlp\.(gate|up)\.kernel": P(None, "fsdp", "tensor"),
+    r".*layers.*mlp\.down\.kernel": P(None, "tensor", "fsdp"),
+    r".*\.moe\.router\.kernel": P(None, "fsdp", None),
+    r".*\.moe\.experts\.gate_up": P(None, "expert", "fsdp", None, "tensor"),
+    r".*\.moe\.experts\.down": P(None, "expert", "tensor", "fsdp"),
+    r".*\.per_layer_input\.gate\.kernel": P(None, "fsdp", None),
+    r".*\.per_layer_input\.projection\.kernel": P(None, None, "fsdp"),
+    r"vision\.patch_embed\.kernel": P(None, "fsdp"),
+    r"vision\.position_table": P(None, None, "fsdp"),
+    r"audio\.subsample\..\.kernel": P(None, None, None, None),
+    r"audio\.input_projection\.kernel": P(None, None, "fsdp"),
+    r"audio\.layers\.convolution\.start\.kernel": P(None, "fsdp", None, "tensor"),
+    r"audio\.layers\.convolution\.kernel": P(None, None, None, "tensor"),
+    r"audio\.layers\.convolution\.end\.kernel": P(None, "tensor", "fsdp"),
+    r"audio\.output\.kernel": P("fsdp", None),
+    r"(image|audio)_projection\.kernel": P(None, "fsdp"),
+}
+"""How a model's matrices are spread, by path; whatever is no matrix is on every device."""
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_matrices_are_spread_as_they_always_were_and_all_else_is_replicated(size):
+    model = nnx.eval_shape(lambda: Gemma4(SIZES[size](), nnx.Rngs(0)))
+    mesh = jax.sharding.AbstractMesh((1,) * len(MESH_AXES), MESH_AXES)
+    for path, variable in nnx.to_flat_state(param_shardings(nnx.state(model), mesh)):
+        name, spec = ".".join(map(str, path)), variable.get_value().spec
+        matches = [expected for pattern, expected in SPECS.items() if re.fullmatch(pattern, name)]
+        assert [spec] == (matches or [P(*[None] * len(spec))]), name
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from flax import nnx
 
 from gemma4_jax.audio.features import FRAMES_PER_SOFT_TOKEN
 from gemma4_jax.config import AudioConfig
-from gemma4_jax.layers import Linear, RMSNorm, constant_param, normal_param, remat, stack_modules, weight
+from gemma4_jax.layers import Linear, RMSNorm, constant_param, normal_param, weight
 from gemma4_jax.ops.attention.spans import member_spans
 from gemma4_jax.ops.matmul import value
+from gemma4_jax.stack import run_stack, stack_modules
 
 NORM_EPS = 1e-6
 """Epsilon of every norm of the tower."""
@@ -35,7 +36,7 @@ class Subsample(nnx.Module):
             param_dtype,
             stddev=(9 * in_channels) ** -0.5,
         )
-        self.scale = constant_param({"norm": channels}, param_dtype)
+        self.scale = constant_param({"channel": channels}, param_dtype)
 
     def __call__(self, x: jax.Array, is_frame: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, F, M, channels before] and is_frame [B, F] -> the same of half the extents, rounded up."""
@@ -58,7 +59,7 @@ class HalfStepMLP(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: AudioConfig, *, param_dtype: jnp.dtype):
         self.config = config
-        embed, mlp = {"embed": config.embed_dim}, {"mlp": 4 * config.embed_dim}
+        embed, mlp = {"audio_embed": config.embed_dim}, {"mlp": 4 * config.embed_dim}
         self.up = _linear(rngs, config, embed, mlp, param_dtype)
         self.down = _linear(rngs, config, mlp, embed, param_dtype)
         self.pre_norm = _norm(config, param_dtype)
@@ -78,7 +79,7 @@ class AudioAttention(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: AudioConfig, *, param_dtype: jnp.dtype):
         self.config = config
-        embed = {"embed": config.embed_dim}
+        embed = {"audio_embed": config.embed_dim}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         self.q, self.k, self.v = (_linear(rngs, config, embed, heads, param_dtype) for _ in range(3))
         self.o = _linear(rngs, config, heads, embed, param_dtype)
@@ -111,7 +112,7 @@ class LightConvolution(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: AudioConfig, *, param_dtype: jnp.dtype):
         self.config = config
-        embed, wide = {"embed": config.embed_dim}, {"mlp": config.embed_dim}
+        embed, wide = {"audio_embed": config.embed_dim}, {"conv": config.embed_dim}
         self.start = _linear(rngs, config, embed, {"gate_and_up": 2} | wide, param_dtype)
         self.kernel = normal_param(
             rngs,
@@ -121,7 +122,7 @@ class LightConvolution(nnx.Module):
         )
         self.end = _linear(rngs, config, wide, embed, param_dtype)
         self.pre_norm = _norm(config, param_dtype)
-        self.norm = _norm(config, param_dtype)
+        self.norm = RMSNorm(wide, eps=NORM_EPS, param_dtype=param_dtype)
 
     def __call__(self, x: jax.Array, place: jax.Array) -> jax.Array:
         """x [B, T, A] and place [B, T] of each in its sound -> [B, T, A]."""
@@ -175,14 +176,14 @@ class AudioTower(nnx.Module):
         self.subsample = nnx.List(
             Subsample(rngs, before, after, param_dtype=param_dtype) for before, after in ((1, first), (first, second))
         )
-        embed, output = {"embed": config.embed_dim}, {"audio_embed": config.output_dim}
+        embed, output = {"audio_embed": config.embed_dim}, {"audio_output": config.output_dim}
         left = {"mel": config.num_mel_bins // 4, "channel": second}
         self.input_projection = Linear(rngs, left, embed, param_dtype=param_dtype)
         self.layers = stack_modules(
             lambda rngs: ConformerLayer(rngs, config, param_dtype=param_dtype), rngs, config.num_layers
         )
         self.output = Linear(rngs, embed, output, param_dtype=param_dtype)
-        self.output_bias = nnx.Param(jnp.zeros(config.output_dim, param_dtype), axes=("norm",))
+        self.output_bias = nnx.Param(jnp.zeros(config.output_dim, param_dtype), axes=("audio_output",))
 
     def __call__(self, features: jax.Array, sound_ids: jax.Array) -> jax.Array:
         """Encodes.
@@ -205,12 +206,11 @@ class AudioTower(nnx.Module):
         sound_ids = jnp.pad(sound_ids[:, ::FRAMES_PER_SOFT_TOKEN], ((0, 0), (0, rest)))
         mask = _visible(sound_ids, self.config)
         place = jnp.arange(length + rest) - member_spans(sound_ids).start
-        graphdef, state = nnx.split(self.layers)
 
-        def layer(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, state)(x, mask, place), None
+        def step(layer: ConformerLayer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return layer(x, mask, place), None
 
-        x, _ = jax.lax.scan(remat(layer, self.remat_policy), x, state)
+        x, _ = run_stack(self.layers, step, x, remat_policy=self.remat_policy)
         return self.output(x[:, :length]) + self.output_bias[...].astype(x.dtype)
 
 
@@ -221,7 +221,7 @@ def _linear(
 
 
 def _norm(config: AudioConfig, param_dtype: jnp.dtype) -> RMSNorm:
-    return RMSNorm({"norm": config.embed_dim}, eps=NORM_EPS, param_dtype=param_dtype)
+    return RMSNorm({"audio_embed": config.embed_dim}, eps=NORM_EPS, param_dtype=param_dtype)
 
 
 def _clamp(x: jax.Array, limit: float) -> jax.Array:

@@ -16,7 +16,7 @@ from gemma4_jax.text.moe import MixtureOfExperts, RouterStats
 def _post_norm(config: TextConfig, param_dtype: jnp.dtype) -> RMSNorm:
     """The norm after a branch: at first, the 2 L branches of attention and MLP together add a variance of one."""
     return RMSNorm(
-        {"norm": config.embed_dim},
+        {"embed": config.embed_dim},
         eps=config.norm_eps,
         param_dtype=param_dtype,
         initial_scale=(2 * config.num_layers) ** -0.5,
@@ -45,7 +45,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, is_global: bool, shares_kv: bool, param_dtype: jnp.dtype):
         def norm() -> RMSNorm:
-            return RMSNorm({"norm": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+            return RMSNorm({"embed": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
 
         is_wide = shares_kv and config.uses_double_wide_mlp
         self.attention = Attention(rngs, config, is_global=is_global, shares_kv=shares_kv, param_dtype=param_dtype)
@@ -63,7 +63,7 @@ class DecoderLayer(nnx.Module):
         self.per_layer_input = (
             PerLayerInput(rngs, config, param_dtype=param_dtype) if config.per_layer_embed_dim else None
         )
-        self.layer_scalar = Buffer(jnp.ones((1,), param_dtype), axes=("norm",))
+        self.layer_scalar = Buffer(jnp.ones((1,), param_dtype), axes=("scalar",))
 
     def __call__(
         self,

@@ -1,14 +1,14 @@
 """The decoder: one stack of blocks that own their keys and values, and one that reuses the last of them."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.config import TextConfig
-from gemma4_jax.layers import RMSNorm, remat, stack_modules
+from gemma4_jax.layers import RMSNorm
+from gemma4_jax.stack import run_stack, stack_modules
 from gemma4_jax.text.attention import AttentionView, KeyValues
 from gemma4_jax.text.block import Block, SharedKeyValues
 from gemma4_jax.text.moe import RouterStats
@@ -31,7 +31,7 @@ class Decoder(nnx.Module):
 
         self.own = stack_modules(partial(build, shares_kv=False), rngs, self.num_own)
         self.shared = stack_modules(partial(build, shares_kv=True), rngs, self.num_shared) if self.num_shared else None
-        self.final_norm = RMSNorm({"norm": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+        self.final_norm = RMSNorm({"embed": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
 
     def __call__(
         self, x: jax.Array, per_layer_embeddings: jax.Array | None, view: AttentionView, cache: Cache | None = None
@@ -67,25 +67,30 @@ class Decoder(nnx.Module):
     def _run_own(
         self, x: jax.Array, inputs: jax.Array | None, view: AttentionView, cache: Cache | None
     ) -> tuple[jax.Array, SharedKeyValues | None, RouterStats | None, Cache | None]:
-        graphdef, state = nnx.split(self.own)
-
-        def block(x: jax.Array, state: nnx.State, inputs: jax.Array | None, cache: Cache | None) -> Any:
-            return nnx.merge(graphdef, state)(x, inputs, view, None, cache)
-
-        run = remat(block, self.remat_policy)
-
-        def step(carry: tuple, scanned: tuple) -> tuple:
+        def step(block: Block, carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
             x, _ = carry
-            x, key_values, stats = run(x, *scanned)
+            per_layer, cache = inputs
+            x, key_values, stats = block(x, per_layer, view, None, cache)
             # Carried rather than collected: only the last period's are wanted, and a carry keeps one copy.
             return (x, self._last_of_each_kind(key_values)), (stats, None if cache is None else key_values)
 
-        first = jax.tree.map(lambda leaf: leaf[0], (state, inputs, cache))
-        kinds = jax.eval_shape(lambda: self._last_of_each_kind(block(x, *first)[1]))
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), kinds)
-        outputs: tuple[RouterStats | None, Cache | None]
-        (x, shared), outputs = jax.lax.scan(step, (x, nothing), (state, inputs, cache))
-        return x, shared, *outputs
+        first = x, self._no_key_values(x, cache)
+        (x, shared), (stats, cache) = run_stack(self.own, step, first, (inputs, cache), remat_policy=self.remat_policy)
+        return x, shared, stats, cache
+
+    def _no_key_values(self, x: jax.Array, cache: Cache | None) -> SharedKeyValues | None:
+        """What the first period is given in place of an earlier one's: of the same shape, and not read."""
+        if self.shared is None:
+            return None
+        config = self.config
+        num_keys, dtype = (x.shape[1], x.dtype) if cache is None else (cache[-1].k.shape[2], cache[-1].k.dtype)
+
+        def zeros(num_heads: int, head_dim: int) -> KeyValues:
+            array = jnp.zeros((len(x), num_keys, num_heads, head_dim), dtype)
+            return KeyValues(array, array)
+
+        sliding = zeros(config.num_kv_heads, config.head_dim) if config.attention_period > 1 else None
+        return SharedKeyValues(sliding, zeros(config.num_global_kv_heads, config.global_head_dim))
 
     def _last_of_each_kind(self, key_values: tuple[KeyValues, ...]) -> SharedKeyValues | None:
         if self.shared is None:
@@ -94,13 +99,9 @@ class Decoder(nnx.Module):
 
     def _run_shared(
         self, x: jax.Array, inputs: jax.Array | None, view: AttentionView, shared: SharedKeyValues | None
-    ) -> tuple[jax.Array, Any]:
-        assert self.shared is not None
-        graphdef, state = nnx.split(self.shared)
-
-        def block(x: jax.Array, state: nnx.State, inputs: jax.Array | None, shared: SharedKeyValues | None) -> Any:
-            x, _, stats = nnx.merge(graphdef, state)(x, inputs, view, shared, None)
+    ) -> tuple[jax.Array, RouterStats | None]:
+        def step(block: Block, x: jax.Array, inputs: jax.Array | None) -> tuple[jax.Array, RouterStats | None]:
+            x, _, stats = block(x, inputs, view, shared, None)
             return x, stats
 
-        run = remat(block, self.remat_policy)
-        return jax.lax.scan(lambda x, scanned: run(x, *scanned, shared), x, (state, inputs))
+        return run_stack(self.shared, step, x, inputs, remat_policy=self.remat_policy)

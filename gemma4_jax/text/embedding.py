@@ -48,11 +48,11 @@ class PerLayerEmbedder(nnx.Module):
         self.dtype = dtype
         per_layer = {"layers": config.num_layers, "per_layer_embed": config.per_layer_embed_dim}
         # Beside the projection of the merged embedding, which is normalised to one, the table starts nearly silent.
-        # It is half of all parameters of E2B, and so is spread where the other arrays with this axis are not.
-        table = {"vocab": config.vocab_size, "layers": config.num_layers, "per_layer_table": config.per_layer_embed_dim}
-        self.table = normal_param(rngs, table, param_dtype, stddev=0.02)
+        self.table = normal_param(rngs, {"vocab": config.vocab_size} | per_layer, param_dtype, stddev=0.02)
         self.projection = Linear(rngs, {"embed": config.embed_dim}, per_layer, param_dtype=param_dtype)
-        self.norm = RMSNorm({"norm": config.per_layer_embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+        self.norm = RMSNorm(
+            {"per_layer_embed": config.per_layer_embed_dim}, eps=config.norm_eps, param_dtype=param_dtype
+        )
 
     def __call__(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
         """Embeds.

@@ -30,11 +30,11 @@ class Router(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype):
         self.num_choices = config.num_experts_per_token
         self.eps = config.norm_eps
-        self.scale = constant_param({"norm": config.embed_dim}, param_dtype)
-        self.per_expert_scale = constant_param({"norm": config.num_experts}, param_dtype)
+        self.scale = constant_param({"embed": config.embed_dim}, param_dtype)
+        self.per_expert_scale = constant_param({"expert": config.num_experts}, param_dtype)
         self.kernel = normal_param(
             rngs,
-            {"embed": config.embed_dim, "norm": config.num_experts},
+            {"embed": config.embed_dim, "expert_score": config.num_experts},
             param_dtype,
             stddev=config.embed_dim**-0.5,
         )
@@ -86,7 +86,7 @@ class MixtureOfExperts(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype):
         def norm() -> RMSNorm:
-            return RMSNorm({"norm": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
+            return RMSNorm({"embed": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
 
         self.router = Router(rngs, config, param_dtype=param_dtype)
         self.experts = Experts(rngs, config, param_dtype=param_dtype)

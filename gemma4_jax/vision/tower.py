@@ -14,9 +14,7 @@ from gemma4_jax.layers import (
     Linear,
     RMSNorm,
     normal_param,
-    remat,
     rms_normalize,
-    stack_modules,
     weight,
 )
 from gemma4_jax.ops.attention import Shape, attend, choose
@@ -24,6 +22,7 @@ from gemma4_jax.ops.attention.spans import Spans, member_spans
 from gemma4_jax.ops.matmul import value
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.rope import rotary_angles, rotary_frequencies, rotate_2d
+from gemma4_jax.stack import run_stack, stack_modules
 
 # Where a tower that is trained from nothing starts: patches first, where they are second, what the layers make of
 # them last. With branches as loud as the patches it takes several times as many images to learn to read a digit.
@@ -51,7 +50,7 @@ class VisionAttention(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: VisionConfig, *, param_dtype: jnp.dtype):
         self.eps = config.norm_eps
-        embed = {"embed": config.embed_dim}
+        embed = {"vision_embed": config.embed_dim}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
 
         def linear(inputs: dict[str, int], outputs: dict[str, int]) -> Linear:
@@ -85,13 +84,16 @@ class VisionLayer(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: VisionConfig, *, param_dtype: jnp.dtype):
         def norm(initial_scale: float = 1.0) -> RMSNorm:
             return RMSNorm(
-                {"norm": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype, initial_scale=initial_scale
+                {"vision_embed": config.embed_dim},
+                eps=config.norm_eps,
+                param_dtype=param_dtype,
+                initial_scale=initial_scale,
             )
 
         self.attention = VisionAttention(rngs, config, param_dtype=param_dtype)
         self.mlp = GatedMLP(
             rngs,
-            {"embed": config.embed_dim},
+            {"vision_embed": config.embed_dim},
             {"mlp": config.mlp_dim},
             param_dtype=param_dtype,
             is_clipped=config.uses_clipped_linears,
@@ -121,7 +123,7 @@ class VisionTower(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat_policy = remat_policy
-        embed = {"embed": config.embed_dim}
+        embed = {"vision_embed": config.embed_dim}
         self.patch_embed = Linear(rngs, {"patch": config.patch_dim}, embed, param_dtype=param_dtype, gain=_PATCH_GAIN)
         self.position_table = normal_param(
             rngs, {"xy": 2, "position": config.num_positions} | embed, param_dtype, stddev=_POSITION_STDDEV
@@ -130,8 +132,8 @@ class VisionTower(nnx.Module):
             lambda rngs: VisionLayer(rngs, config, param_dtype=param_dtype), rngs, config.num_layers
         )
         if config.standardizes:
-            self.std_bias = Buffer(jnp.zeros(config.embed_dim, param_dtype), axes=("norm",))
-            self.std_scale = Buffer(jnp.ones(config.embed_dim, param_dtype), axes=("norm",))
+            self.std_bias = Buffer(jnp.zeros(config.embed_dim, param_dtype), axes=("vision_embed",))
+            self.std_scale = Buffer(jnp.ones(config.embed_dim, param_dtype), axes=("vision_embed",))
 
     def __call__(
         self, patches: jax.Array, positions: jax.Array, image_ids: jax.Array, policy: KernelPolicy
@@ -154,12 +156,11 @@ class VisionTower(nnx.Module):
             member_spans(image_ids),
             choose(policy, Shape(x.shape[1], x.shape[1], self.config.head_dim)),
         )
-        graphdef, state = nnx.split(self.layers)
 
-        def layer(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, state)(x, view), None
+        def step(layer: VisionLayer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return layer(x, view), None
 
-        x, _ = jax.lax.scan(remat(layer, self.remat_policy), x, state)
+        x, _ = run_stack(self.layers, step, x, remat_policy=self.remat_policy)
         return self._pool(jnp.where(is_patch[..., None], x, 0))
 
     def _embed(self, patches: jax.Array, positions: jax.Array, is_patch: jax.Array) -> jax.Array:

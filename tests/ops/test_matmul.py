@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gemma4_jax.layers import Linear, weight
+from gemma4_jax.layers import Linear
 from gemma4_jax.model import Gemma4
 from gemma4_jax.ops.matmul import Matrix, StoredMatrix, contract, grouped, take, value
 from gemma4_jax.sharding import make_mesh, param_shardings
 from tests.hf import samples
 from tests.test_model import DOCUMENTS, SMALL, batch_of
 
-RANK = 2
+RANK, SCALE = 2, 0.5
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +39,7 @@ class LowRankPair(StoredMatrix):
 class LowRankAdapter(nnx.Module):
     """The trained part of the pair, beside the kernel of a Linear."""
 
-    def __init__(self, key: jax.Array, linear: Linear, scale: float = 0.5):
-        self.scale = scale
+    def __init__(self, key: jax.Array, linear: Linear):
         kernel, axes = linear.kernel.get_value(), linear.kernel.get_metadata()["axes"]
         layers = kernel.shape[: kernel.ndim - len(axes)]  # a stack has one axis more than it names
         own = kernel.shape[len(layers) :]
@@ -48,12 +47,10 @@ class LowRankAdapter(nnx.Module):
         a_key, b_key = jax.random.split(key)
         a = jax.random.normal(a_key, (*layers, *inputs, RANK)) * math.prod(inputs) ** -0.5
         self.a = nnx.Param(a, axes=(*axes[: linear.num_inputs], None))
-        self.b = nnx.Param(
-            jax.random.normal(b_key, (*layers, RANK, *outputs)), axes=(None, *axes[linear.num_inputs :])
-        )
+        self.b = nnx.Param(jax.random.normal(b_key, (*layers, RANK, *outputs)), axes=(None, *axes[linear.num_inputs :]))
 
     def __call__(self, base: Matrix) -> Matrix:
-        return LowRankPair(base, self.a.get_value(), self.b.get_value(), self.scale)
+        return LowRankPair(base, self.a.get_value(), self.b.get_value(), SCALE)
 
 
 @jax.tree_util.register_dataclass
@@ -137,73 +134,63 @@ def adapted(base):
 
 
 def test_pairs_move_no_parameter_of_the_model(base, adapted):
-    graphdef, adapters, rest = nnx.split(adapted, is_adapter, ...)
+    _, adapters, rest = nnx.split(adapted, is_adapter, ...)
     before, after = values_of(nnx.state(base)), values_of(rest)
     assert before.keys() == after.keys()
-    assert all(after[path] is before[path] or np.array_equal(after[path], before[path]) for path in before)
-    kernels = {path for path in before if path.endswith(".kernel")} - {"decoder.own.layers.0.moe.router.kernel"}
-    kernels = {path for path in kernels if ".router." not in path}
-    assert {path.removesuffix(".a") for path in values_of(adapters) if path.endswith(".a")} == {
-        f"{path}_adapter" for path in kernels
-    }
+    for path, expected in before.items():
+        np.testing.assert_array_equal(after[path], expected, err_msg=path)
+    kernels = {path for path in before if path.endswith(".kernel") and ".router." not in path}
+    assert values_of(adapters).keys() == {f"{path}_adapter.{factor}" for path in kernels for factor in "ab"}
 
 
-def loss(logits: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.sin(logits))
+def merged(base: nnx.State, adapters: nnx.State) -> nnx.State:
+    """The base with every adapter's product added, by hand."""
+    factors = values_of(adapters)
+
+    def add(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        name, kernel = f"{'.'.join(map(str, path))}_adapter", variable.get_value()
+        if f"{name}.a" not in factors:
+            return variable
+        is_stacked = kernel.ndim > len(variable.get_metadata()["axes"])
+        product = jax.vmap(_product) if is_stacked else _product
+        return variable.replace(kernel + SCALE * product(factors[f"{name}.a"], factors[f"{name}.b"]))
+
+    return nnx.map_state(add, base)
 
 
-def test_a_model_of_pairs_is_the_model_of_their_sums_and_so_are_its_gradients(adapted, rows):
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.tensordot(a, b, axes=1)
+
+
+def test_a_model_of_pairs_is_the_model_of_their_sums_and_so_are_its_gradients(base, adapted, rows):
     """Through stacks, scans and jit. The base is no argument of the gradient."""
     graphdef, adapters, frozen = nnx.split(adapted, is_adapter, ...)
-
-    @jax.jit
-    def by_pairs(adapters):
-        def function(adapters):
-            logits = nnx.merge(graphdef, adapters, frozen)(rows)
-            return loss(logits), logits
-
-        return jax.value_and_grad(function, has_aux=True)(adapters)
-
-    base = nnx.clone(adapted)
-    for _, module in list(nnx.iter_modules(base)):
-        if isinstance(module, Linear):
-            del module.kernel_adapter
     base_graphdef, base_state = nnx.split(base)
 
-    @jax.jit
-    def by_sums(adapters):
-        def function(adapters):
-            low_rank = values_of(adapters)
+    def by_pairs(adapters: nnx.State) -> tuple[jax.Array, jax.Array]:
+        logits = nnx.merge(graphdef, adapters, frozen)(rows)
+        return jnp.mean(jnp.sin(logits)), logits
 
-            def add(path, variable):
-                name = ".".join(map(str, path))
-                if f"{name}_adapter.a" not in low_rank:
-                    return variable
-                a, b = low_rank[f"{name}_adapter.a"], low_rank[f"{name}_adapter.b"]
-                is_stacked = variable.get_value().ndim > len(variable.get_metadata()["axes"])
-                product = lambda a, b: jnp.tensordot(a, b, axes=1)  # noqa: E731
-                return variable.replace(
-                    variable.get_value() + 0.5 * (jax.vmap(product) if is_stacked else product)(a, b)
-                )
+    def by_sums(adapters: nnx.State) -> tuple[jax.Array, jax.Array]:
+        logits = nnx.merge(base_graphdef, merged(base_state, adapters))(rows)
+        return jnp.mean(jnp.sin(logits)), logits
 
-            logits = nnx.merge(base_graphdef, nnx.map_state(add, base_state))(rows)
-            return loss(logits), logits
-
-        return jax.value_and_grad(function, has_aux=True)(adapters)
-
-    (_, logits), gradients = by_pairs(adapters)
-    (_, expected), expected_gradients = by_sums(adapters)
-    without = nnx.merge(base_graphdef, base_state)(rows)
-    assert np.abs(expected - without).max() > 0.1 * np.abs(expected).max()
+    (_, logits), gradients = jax.jit(jax.value_and_grad(by_pairs, has_aux=True))(adapters)
+    (_, expected), expected_gradients = jax.jit(jax.value_and_grad(by_sums, has_aux=True))(adapters)
     scale = np.abs(expected).max()
-    print("logits", np.abs(logits - expected).max() / scale)
+    assert np.abs(expected - samples.logits(base, rows)).max() > 0.1 * scale
+    # float32 sums in another order: the largest measured error is MEASURED_LOGITS.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * scale)
-    given, wanted = values_of(gradients), values_of(expected_gradients)
-    worst = max(np.abs(given[p] - wanted[p]).max() / max(1e-30, np.abs(wanted[p]).max()) for p in wanted)
-    print("grads", worst)
-    for path, gradient in wanted.items():
+    given = values_of(gradients)
+    for path, gradient in values_of(expected_gradients).items():
         assert np.abs(gradient).max() > 0, path
+        # The largest measured error is MEASURED_GRADS of the largest entry.
         np.testing.assert_allclose(given[path], gradient, rtol=0, atol=1e-4 * np.abs(gradient).max(), err_msg=path)
+    print(
+        "MEASURED",
+        np.abs(logits - expected).max() / scale,
+        max(np.abs(given[p] - g).max() / np.abs(g).max() for p, g in values_of(expected_gradients).items()),
+    )
 
 
 def test_adapters_are_spread_as_what_they_adapt(adapted):
@@ -214,12 +201,10 @@ def test_adapters_are_spread_as_what_they_adapt(adapted):
     assert tuple(shardings[f"{q}_adapter.b"].spec) == (None, None, "tensor", None)
 
 
-def test_a_quantised_value_may_stand_in_a_parameter(base):
+def test_a_matrix_of_another_kind_may_be_the_value_of_a_parameter_and_have_an_adapter():
     linear = Linear(nnx.Rngs(0), {"embed": 4}, {"mlp": 6}, param_dtype=jnp.float32)
-    codes = jnp.round(20 * normal(0, 4, 6)).astype(jnp.int8)
+    linear.kernel_adapter = LowRankAdapter(jax.random.key(0), linear)
+    a, b = linear.kernel_adapter.a.get_value(), linear.kernel_adapter.b.get_value()
+    codes, x = jnp.round(20 * normal(0, 4, 6)).astype(jnp.int8), normal(1, 3, 4)
     linear.kernel.set_value(Int8(codes, jnp.float32(0.05)))
-    linear.kernel_adapter = LowRankAdapter.__new__(LowRankAdapter)
-    del linear.kernel_adapter
-    x = normal(1, 3, 4)
-    np.testing.assert_allclose(linear(x), x @ (codes * 0.05), rtol=0, atol=1e-6)
-    assert isinstance(weight(linear, "kernel"), Int8)
+    np.testing.assert_allclose(nnx.jit(lambda linear: linear(x))(linear), x @ (0.05 * codes + SCALE * a @ b), atol=1e-5)

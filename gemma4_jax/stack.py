@@ -1,0 +1,54 @@
+"""Layers of one shape as one stack: built together, and run one after another by a scan.
+
+A stack is traced and compiled once, whatever its depth.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a stack keeps for the backward pass: everything, the results of weight matmuls, or only each layer's input."""
+
+
+def stack_modules(build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, count: int) -> nnx.Module:
+    """`count` modules of one shape as one module whose arrays have a leading "layers" axis."""
+    return nnx.vmap(lambda key: build(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), count))
+
+
+def run_stack(
+    stack: nnx.Module,
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    inputs: Any = None,
+    *,
+    remat_policy: str,
+) -> tuple[Any, Any]:
+    """Runs the modules of a stack one after another.
+
+    Args:
+      stack: of `stack_modules`.
+      step: what one of them does, (module, carry, its inputs) -> (carry, its outputs).
+      carry: what goes from one to the next: the residual stream, and what else has one shape for all.
+      inputs: what each has of its own; arrays with a leading "layers" axis.
+      remat_policy: what is kept of a step for the backward pass, a key of `REMAT_POLICIES`.
+    Returns:
+      (carry behind the last, outputs with a leading "layers" axis).
+    """
+    graphdef, state = nnx.split(stack)
+
+    def scanned_step(carry: Any, scanned: tuple[nnx.State, Any]) -> tuple[Any, Any]:
+        state, inputs = scanned
+        return step(nnx.merge(graphdef, state), carry, inputs)
+
+    if remat_policy != "none":
+        # A scan keeps its backward pass apart from its forward pass: nothing that was recomputed could be merged away.
+        scanned_step = jax.checkpoint(scanned_step, policy=REMAT_POLICIES[remat_policy], prevent_cse=False)
+    with jax.named_scope("layers"):
+        return jax.lax.scan(scanned_step, carry, (state, inputs))
