@@ -142,5 +142,6 @@ class GatedMLP(nnx.Module):
         self.up = Linear(rngs, narrow, wide, param_dtype=param_dtype, is_clipped=is_clipped)
         self.down = Linear(rngs, wide, narrow, param_dtype=param_dtype, is_clipped=is_clipped)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(gelu(self.gate(x)) * self.up(x))

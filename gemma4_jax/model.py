@@ -80,7 +80,8 @@ class Gemma4(nnx.Module):
     def __call__(self, batch: Batch) -> jax.Array:
         """[B, T, V] float32 logits of the next token, soft-capped."""
         hidden, _ = self.hidden(batch)
-        return vocabulary_logits(hidden, self.head)
+        with jax.named_scope("head"):
+            return vocabulary_logits(hidden, self.head)
 
     def hidden(self, batch: Batch) -> tuple[jax.Array, RouterStats | None]:
         """Final hidden states [B, T, D], and router statistics with a leading [L] axis where there are experts."""
@@ -104,12 +105,14 @@ class Gemma4(nnx.Module):
         x = constrain(x, "batch", "length", None)
         return x, None if self.per_layer_embedder is None else self.per_layer_embedder(tokens, x)
 
+    @jax.named_scope("vision")
     def soft_tokens(self, batch: Batch) -> jax.Array:
         """[B, M, D] soft tokens of every image of every row, in order. Source: docs/gemma4.md section 3."""
         assert self.vision is not None
         pooled = self.vision(batch.patches, batch.patch_positions, batch.patch_image_ids, self.kernels)
         return self.image_projection(rms_normalize(pooled, self.vision.config.norm_eps).astype(pooled.dtype))
 
+    @jax.named_scope("audio")
     def audio_soft_tokens(self, batch: Batch) -> jax.Array:
         """[B, F / 4, D] soft tokens of every row, where the frames of its sounds are (docs/gemma4.md section 4)."""
         assert self.audio is not None

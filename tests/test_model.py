@@ -1,6 +1,7 @@
 """The whole model: every feature on and off, packed rows, the soft-cap, and gradients that reach every parameter."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,17 @@ def test_a_text_batch_needs_no_patches():
     given, expected = logits_of(SMALL, rows), logits_of(SMALL, images_too)[:, :length]
     # float32 sums in another order: the largest measured difference is 8e-6 where logits are 13.
     np.testing.assert_allclose(given, expected, rtol=0, atol=5e-5)
+
+
+def test_a_profile_names_the_parts(packed):
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Gemma4(SMALL, nnx.Rngs(0))))
+    program = jax.jit(lambda state, batch: nnx.merge(graphdef, state)(batch)).lower(state, packed)
+    names = program.as_text(debug_info=True)
+    parts = {
+        "embed", "per_layer_embed", "vision", "decoder", "layers", "sliding_attention", "global_attention", "mlp",
+        "router", "experts", "per_layer_input", "head",
+    }  # fmt: skip
+    assert parts - set(re.findall(r"\w+", " ".join(re.findall(r'loc\("([^"]*)/', names)))) == set()
 
 
 @pytest.mark.slow

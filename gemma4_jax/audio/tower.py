@@ -65,6 +65,7 @@ class HalfStepMLP(nnx.Module):
         self.pre_norm = _norm(config, param_dtype)
         self.post_norm = _norm(config, param_dtype)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         limit = self.config.activation_clip
         out = self.down(jax.nn.silu(self.up(self.pre_norm(_clamp(x, limit)))))
@@ -86,6 +87,7 @@ class AudioAttention(nnx.Module):
         self.relative_k = Linear(rngs, embed, heads, param_dtype=param_dtype)
         self.per_dim_scale = nnx.Param(jnp.zeros(config.head_dim, param_dtype), axes=("head_dim",))
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """x [B, T, A] and mask [B, T / c, c, w] of `_visible`, T whole chunks -> [B, T, A]."""
         config = self.config
@@ -124,6 +126,7 @@ class LightConvolution(nnx.Module):
         self.pre_norm = _norm(config, param_dtype)
         self.norm = RMSNorm(wide, eps=NORM_EPS, param_dtype=param_dtype)
 
+    @jax.named_scope("convolution")
     def __call__(self, x: jax.Array, place: jax.Array) -> jax.Array:
         """x [B, T, A] and place [B, T] of each in its sound -> [B, T, A]."""
         both = self.start(self.pre_norm(x))

@@ -35,6 +35,7 @@ class PerLayerInput(nnx.Module):
         self.projection = Linear(rngs, per_layer, embed, param_dtype=param_dtype)
         self.post_norm = _post_norm(config, param_dtype)
 
+    @jax.named_scope("per_layer_input")
     def __call__(self, x: jax.Array, per_layer_embedding: jax.Array) -> jax.Array:
         """x [B, T, D] and per_layer_embedding [B, T, Q] -> [B, T, D]."""
         return x + self.post_norm(self.projection(gelu(self.gate(x)) * per_layer_embedding))
@@ -82,7 +83,8 @@ class DecoderLayer(nnx.Module):
         Returns:
           ([B, T, D], keys and values attended to, router statistics or None).
         """
-        attended, kv = self.attention(self.pre_attention_norm(x), view, shared, cache)
+        with jax.named_scope("global_attention" if self.attention.is_global else "sliding_attention"):
+            attended, kv = self.attention(self.pre_attention_norm(x), view, shared, cache)
         x = x + self.post_attention_norm(attended)
         out = self.mlp(self.pre_mlp_norm(x))
         stats = None

@@ -33,6 +33,7 @@ class Decoder(nnx.Module):
         self.shared = stack_modules(partial(build, shares_kv=True), rngs, self.num_shared) if self.num_shared else None
         self.final_norm = RMSNorm({"embed": config.embed_dim}, eps=config.norm_eps, param_dtype=param_dtype)
 
+    @jax.named_scope("decoder")
     def __call__(
         self, x: jax.Array, per_layer_embeddings: jax.Array | None, view: AttentionView, cache: Cache | None = None
     ) -> tuple[jax.Array, RouterStats | None, Cache | None]:
@@ -100,6 +101,8 @@ class Decoder(nnx.Module):
     def _run_shared(
         self, x: jax.Array, inputs: jax.Array | None, view: AttentionView, shared: SharedKeyValues | None
     ) -> tuple[jax.Array, RouterStats | None]:
+        assert self.shared is not None
+
         def step(block: Block, x: jax.Array, inputs: jax.Array | None) -> tuple[jax.Array, RouterStats | None]:
             x, _, stats = block(x, inputs, view, shared, None)
             return x, stats

@@ -31,6 +31,7 @@ class Embedder(nnx.Module):
             stddev=config.embed_dim**-0.5,
         )
 
+    @jax.named_scope("embed")
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, T] ids -> [B, T, D], scaled by sqrt(D), which is first rounded to the compute dtype."""
         rows = _look_up(weight(self, "table"), tokens, self.pad, self.dtype)
@@ -54,6 +55,7 @@ class PerLayerEmbedder(nnx.Module):
             {"per_layer_embed": config.per_layer_embed_dim}, eps=config.norm_eps, param_dtype=param_dtype
         )
 
+    @jax.named_scope("per_layer_embed")
     def __call__(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
         """Embeds.
 

@@ -39,6 +39,7 @@ class Router(nnx.Module):
             stddev=config.embed_dim**-0.5,
         )
 
+    @jax.named_scope("router")
     def __call__(self, x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Routes.
 
@@ -76,6 +77,7 @@ class Experts(nnx.Module):
         )
         self.down = normal_param(rngs, expert | mlp | embed, param_dtype, stddev=config.expert_dim**-0.5)
 
+    @jax.named_scope("experts")
     def __call__(self, x: jax.Array, choices: jax.Array, weights: jax.Array, implementation: str) -> jax.Array:
         gate_up, down = value(weight(self, "gate_up")), value(weight(self, "down"))
         return apply_experts(x, choices, weights, gate_up, down, implementation=implementation)

@@ -70,6 +70,7 @@ class VisionAttention(nnx.Module):
         self.q_norm = norm(config.head_dim**-0.5)
         self.k_norm = norm(1.0)
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, view: PatchView) -> jax.Array:
         angles = view.angles
         q = rotate_2d(self.q_norm(self.q(x)), angles)

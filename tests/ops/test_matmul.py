@@ -18,6 +18,8 @@ from tests.test_model import DOCUMENTS, SMALL, batch_of
 
 RANK, SCALE = 2, 0.5
 
+TEXT = dataclasses.replace(SMALL, vision=None)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +120,12 @@ def test_a_matrix_that_says_its_values_and_nothing_else_can_do_everything():
 
 @pytest.fixture(scope="module")
 def base():
-    return samples.model(SMALL, samples.lively_weights(SMALL))
+    return samples.model(TEXT, samples.lively_weights(TEXT))
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return batch_of([DOCUMENTS[:2], DOCUMENTS[2:]])
+    return batch_of([[DOCUMENTS[0]]])
 
 
 @pytest.fixture(scope="module")
@@ -179,18 +181,13 @@ def test_a_model_of_pairs_is_the_model_of_their_sums_and_so_are_its_gradients(ba
     (_, expected), expected_gradients = jax.jit(jax.value_and_grad(by_sums, has_aux=True))(adapters)
     scale = np.abs(expected).max()
     assert np.abs(expected - samples.logits(base, rows)).max() > 0.1 * scale
-    # float32 sums in another order: the largest measured error is MEASURED_LOGITS.
+    # float32 sums in another order: the largest measured error is 2e-6 of the largest logit.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * scale)
     given = values_of(gradients)
     for path, gradient in values_of(expected_gradients).items():
         assert np.abs(gradient).max() > 0, path
-        # The largest measured error is MEASURED_GRADS of the largest entry.
+        # The largest measured error is 5e-5 of the largest entry.
         np.testing.assert_allclose(given[path], gradient, rtol=0, atol=1e-4 * np.abs(gradient).max(), err_msg=path)
-    print(
-        "MEASURED",
-        np.abs(logits - expected).max() / scale,
-        max(np.abs(given[p] - g).max() / np.abs(g).max() for p, g in values_of(expected_gradients).items()),
-    )
 
 
 def test_adapters_are_spread_as_what_they_adapt(adapted):
