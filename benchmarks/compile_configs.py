@@ -34,7 +34,7 @@ Written by `benchmarks/compile_configs.py`, which compiles the training step of 
 TPU. GiB a chip, of the 95 of a v5p: the state of the run and its batch, what the step needs beside them, and the sum.
 Nothing here has been run: these are the compiler's figures.
 
-| config | slice | mesh | rows x tokens | pieces | state and batch | temporary | together |
+| config | slice | mesh | rows x tokens | microbatches | state and batch | temporary | together |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |
 """
 
@@ -54,16 +54,14 @@ def figures_of(name: str) -> dict[str, Any]:
 
     from jax.experimental import topologies
 
-    from gemma4_jax.launch import checks, run_config
+    from gemma4_jax.launch import command_line
     from gemma4_jax.sharding import make_mesh
     from gemma4_jax.train.program import compile_step, make_program
 
-    config = run_config.load(*run_config.find(name))
-    model_config = run_config.model_config(config)
+    config = command_line.from_command_line([f"--config={name}"])
     topology = topologies.get_topology_desc(platform="tpu", topology_name=described)
-    mesh = make_mesh(config.mesh.to_dict(), topology.devices[: math.prod(shape)])
-    checks.check_batch(config, mesh.shape)
-    program = make_program(config, model_config, mesh)
+    mesh = make_mesh(vars(config.mesh), topology.devices[: math.prod(shape)])
+    program = make_program(config, mesh)
     began = time.perf_counter()
     memory = compile_step(program, config.data.batch_size).memory_analysis()
     return {
@@ -71,7 +69,7 @@ def figures_of(name: str) -> dict[str, Any]:
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "rows": config.data.batch_size,
         "tokens": config.data.seq_len,
-        "pieces": config.train.grad_accum_steps,
+        "microbatches": config.train.grad_accum_steps,
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         # The step's output takes the place of the state it is given.
@@ -85,7 +83,7 @@ def line(name: str, figures: dict[str, Any]) -> str:
     held = figures["arguments"] + figures["output"]
     memory = [f"{value / 2**30:.1f}" for value in (held, figures["temporary"], held + figures["temporary"])]
     rows = f"{figures['rows']} x {figures['tokens']:,}"
-    return f"| {' | '.join([name, SLICES[name], sizes, rows, str(figures['pieces']), *memory])} |\n"
+    return f"| {' | '.join([name, SLICES[name], sizes, rows, str(figures['microbatches']), *memory])} |\n"
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ ROUNDS = 2
 OVERRIDES = {
     "train.num_steps": 100,
     "checkpoint.every_steps": 1000,
-    "eval.every_steps": 1000,
-    "eval.num_documents": 8,
+    "evaluators.eval.every_steps": 1000,
+    "evaluators.eval.num_documents": 8,
     "export.at_end": False,
 }
 

@@ -26,7 +26,6 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 4096
     config.data.images_per_row = 8
     config.data.soft_tokens_per_image = 280
-    config.data.patches_per_row = 8 * 9 * 280
     config.data.batch_size = 64
     config.data.num_workers = 8
 
@@ -37,9 +36,8 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-5
     config.optimizer.warmup_steps = 100
     config.optimizer.weight_decay = 0.0
-    config.optimizer.learning_rate_scale.vision = 0.0
+    config.optimizer.groups = ({"pattern": r"(vision|image_projection)\..*", "learning_rate_scale": 0.0},)
 
     config.checkpoint.every_steps = 500
-    config.eval.every_steps = 500
-    config.eval.batch_size = 64
+    config.evaluators.eval.every_steps = 500
     return config

@@ -4,7 +4,7 @@
 
 A starting point that has not been trained to its end: the architecture is the released one, the step has been compiled
 for the slice (docs/compiled.md: what it takes of a chip), and the bundled sources only show the shape of
-`data.mixture`. The tokenizer must be one of the model's vocabulary. There are 31.3 billion parameters; they, their
+`data.sources`. The tokenizer must be one of the model's vocabulary. There are 31.3 billion parameters; they, their
 gradients and both moments take 16 bytes each in float32, 500 GB, of which each of the 128 devices that share a copy
 holds 3.9 GB.
 """
@@ -27,7 +27,6 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 8192
     config.data.images_per_row = 16
     config.data.soft_tokens_per_image = 280
-    config.data.patches_per_row = 16 * 9 * 280
     config.data.batch_size = 512  # 4.2 million tokens
     config.data.num_workers = 8
 
@@ -40,6 +39,5 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 2000
 
     config.checkpoint.every_steps = 500
-    config.eval.every_steps = 1000
-    config.eval.batch_size = 64
+    config.evaluators.eval.every_steps = 1000
     return config

@@ -2,7 +2,7 @@
 
   gemma4 train --config=pretrain_small --config.run_dir=runs/small --config.tokenizer=tokenizer.json
 
-A starting point that has not been trained to its end: the bundled sources only show the shape of `data.mixture`. The
+A starting point that has not been trained to its end: the bundled sources only show the shape of `data.sources`. The
 tokenizer must be one of the released models' vocabulary. Parameters, their gradients and both moments take 16 bytes
 each in float32, 7.1 GB. On more devices the mesh spreads the batch: --config.data.batch_size grows with them.
 """
@@ -21,7 +21,6 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 2048
     config.data.images_per_row = 4
     config.data.soft_tokens_per_image = 280
-    config.data.patches_per_row = 4 * 9 * 280
     config.data.batch_size = 32  # 65,536 tokens
     config.data.num_workers = 4
 
@@ -34,6 +33,5 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 1000
 
     config.checkpoint.every_steps = 1000
-    config.eval.every_steps = 1000
-    config.eval.batch_size = 4
+    config.evaluators.eval.every_steps = 1000
     return config

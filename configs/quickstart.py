@@ -28,20 +28,20 @@ def get_config() -> ConfigDict:
 
     # A row holds the longest document: four images of 56 soft tokens and what is asked about them. A step reads about
     # thirty-five images.
-    config.data.mixture = ConfigDict({"digits": 0.98, "python": 0.02})
+    config.data.sources.digits.weight, config.data.sources.python.weight = 0.98, 0.02
     config.data.seq_len = 280
     config.data.images_per_row = 5
     config.data.patches_per_row = 896
     config.data.batch_size = 8
 
     config.train.num_steps = 600
-    config.train.loss_chunk = config.data.seq_len
+    config.train.loss_chunk = 512
     config.optimizer.learning_rate = 8e-3
     config.optimizer.final_learning_rate_fraction = 0.03
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.01
 
     config.checkpoint.every_steps = 300
-    config.eval.every_steps = 300
-    config.eval.num_documents = 1024
+    config.evaluators.eval.every_steps = 300
+    config.evaluators.eval.num_documents = 1024
     return config

@@ -7,9 +7,9 @@ import numpy as np
 from gemma4_jax.audio.features import FRAMES_PER_SOFT_TOKEN, num_frame_places, num_soft_tokens
 from gemma4_jax.batch import Batch, padding
 from gemma4_jax.config import SpecialTokens
+from gemma4_jax.data.encode import Example
 from gemma4_jax.data.images import ImagePatches
 from gemma4_jax.data.pack import RowShape
-from gemma4_jax.data.tokenize import Example
 
 
 def assemble(rows: Sequence[Sequence[Example]], shape: RowShape, tokens: SpecialTokens) -> Batch:

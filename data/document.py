@@ -1,7 +1,6 @@
-"""`Document`: the one record type that every source yields."""
+"""`Document`: what every record becomes before it is encoded."""
 
 import dataclasses
-from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
@@ -25,39 +24,41 @@ class Image:
     """An image where it stands in a document.
 
     Attributes:
-      content: what `data.images.read_pixels` reads, not yet trusted: pixels, or the bytes of an image file.
+      content: what `data.images.read_pixels` reads, not yet trusted: pixels, or the bytes of an image file; or the path
+        of a file beside the records, which `data.documents` reads.
       max_soft_tokens: budget of this image; None is the run's `data.soft_tokens_per_image`.
       name: of its file, for messages; empty if it has none.
     """
 
-    content: np.ndarray | PIL.Image.Image | bytes
+    content: np.ndarray | PIL.Image.Image | bytes | str
     max_soft_tokens: int | None = None
     name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
+class Sound:
+    """A sound where it stands in a document.
+
+    Attributes:
+      content: [n] floats, mono, 16,000 a second, within -1 and 1; the bytes of a WAV file; or a path, as in `Image`.
+      name: of its file, for messages; empty if it has none.
+    """
+
+    content: np.ndarray | bytes | str
+    name: str = ""
+
+
+Segment = Text | Image | Sound
+
+
+@dataclasses.dataclass(frozen=True)
 class Document:
-    """Text and images in reading order.
+    """Texts, images and sounds in reading order.
 
     Attributes:
       segments: the parts, in order.
-      name: where the document comes from, for messages; unique within its source.
+      name: of the record that it was made of, for messages; tasks leave it to `data.documents`.
     """
 
-    segments: tuple[Text | Image, ...]
-    name: str
-
-
-class Source(Protocol):
-    """Documents by index. `source[i]` is the same document whenever and wherever it is asked for.
-
-    `source[i]` may raise InputError for a record that cannot be read: the pipeline counts and skips it.
-    `fingerprint()` is what the documents are known by, whatever place they are read from: a JSON object of names and
-    values that differs where the documents do. A run that goes on compares it.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Document: ...
-
-    def fingerprint(self) -> dict[str, Any]: ...
+    segments: tuple[Segment, ...]
+    name: str = ""

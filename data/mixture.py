@@ -1,18 +1,18 @@
 """Several sources as one endless sequence of examples."""
 
+import dataclasses
 import functools
-import math
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import grain
 import numpy as np
 
-from gemma4_jax.data.document import Source
-from gemma4_jax.data.sources import open_source
-from gemma4_jax.data.tokenize import DocumentTokenizer, TokenizedSource
+from gemma4_jax.data.document import Document
+from gemma4_jax.data.documents import Documents, open_documents
+from gemma4_jax.data.encode import Encoder, Example, Unreadable
 from gemma4_jax.errors import InputError
+from gemma4_jax.run_config import DataConfig
 
 ROUND = 10_000
 """Turns in a round, about: in every round each source has its share of turns, to the nearest one and at least one."""
@@ -53,44 +53,54 @@ def _shuffled_round(turns: tuple[int, ...], seed: int, number: int) -> tuple[np.
     return sources, ranks
 
 
-def open_sources(data: Any) -> dict[str, Source]:
-    """Name -> source of all that `data.mixture` draws from.
+class Examples:
+    """The examples of a source; of a record that cannot be read an `Unreadable`, not an exception.
 
     Args:
-      data: `config.data`; mixture, sources and seed are read.
-    Raises:
-      InputError: if the mixture is not possible, or a source cannot be read or is empty.
+      name: of the source.
+      documents: of it.
+      encode: makes examples of them.
     """
-    weights = {name: weight for name, weight in sorted(data.mixture.items()) if weight != 0}
-    if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights.values()):
-        raise InputError(
-            f"data.mixture={dict(data.mixture)} is not possible: it must give at least one source a weight above 0, "
-            "and none a weight below 0."
-        )
-    if not 0 <= data.seed < 2**32:
-        raise InputError(f"data.seed={data.seed} is not possible: it must be between 0 and 2**32 - 1.")
-    return {name: open_source(source_spec(data, name), seed=data.seed) for name in weights}
+
+    def __init__(self, name: str, documents: Sequence[Document] | Documents, encode: Encoder) -> None:
+        self._name = name
+        self._documents = documents
+        self._encode = encode
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Example | Unreadable:
+        try:
+            return dataclasses.replace(self._encode(self._documents[index]), source=self._name)
+        except InputError as error:
+            return Unreadable(str(error), self._name)
 
 
-def mix_sources(data: Any, sources: Mapping[str, Source], tokenize: DocumentTokenizer) -> grain.MapDataset:
+def open_sources(data: DataConfig) -> dict[str, Documents]:
+    """Name -> documents of all sources that are drawn from.
+
+    Raises:
+      InputError: one cannot be read or is empty.
+    """
+    return {name: open_documents(source, seed=data.seed) for name, source in data.mixture.items()}
+
+
+def mix_sources(data: DataConfig, sources: Mapping[str, Documents], encode: Encoder) -> grain.MapDataset:
     """The endless sequence that all processes share: by index, an `Example` or `Unreadable`.
 
     Every source is in a random order, another one in each of its epochs.
 
     Args:
-      data: `config.data`; mixture and seed are read.
+      data: mixture and seed are read.
       sources: what `open_sources` opened.
-      tokenize: makes examples of documents.
+      encode: makes examples of documents.
     """
     shuffled = []
-    for number, (name, source) in enumerate(sources.items()):
-        dataset = grain.MapDataset.source(TokenizedSource(name, source, tokenize))
+    for number, (name, documents) in enumerate(sources.items()):
+        dataset = grain.MapDataset.source(Examples(name, documents, encode))
         # Grain counts its seed up with the epochs: drawn at random, those of two runs do not meet.
         seed = np.random.default_rng((data.seed, number)).integers(2**32)
         shuffled.append(dataset.shuffle(seed=int(seed)).repeat())
-    return grain.MapDataset.select_from_datasets(shuffled, Turns([data.mixture[name] for name in sources], data.seed))
-
-
-def source_spec(data: Any, name: str) -> str:
-    """What `data.mixture` means by a name: an entry of `data.sources`, or else a source without an argument."""
-    return data.get("sources", {}).get(name, name)
+    weights = [data.mixture[name].weight for name in sources]
+    return grain.MapDataset.select_from_datasets(shuffled, Turns(weights, data.seed))

@@ -1,9 +1,9 @@
 """Examples to packed rows.
 
 Rules:
-- A row takes whole examples while tokens, images and patches last: first the oldest that waits, then again and again
-  the longest that fits among the next `LOOKAHEAD`. Nothing waits forever, and the order depends on nothing but the
-  order of the examples.
+- A row takes whole examples while tokens, images, patches and frames last: first the oldest that waits, then again and
+  again the longest that fits among the next `LOOKAHEAD`. Nothing waits forever, and the order depends on nothing but
+  the order of the examples.
 - Plain text longer than a row is split into pieces of a row each; the last is as long as it comes.
 - A longer document with images, or with text that carries no loss, is never cut into pieces, which could part a
   question from its image or its answer: it is left out, or its context is cut (`fit`).
@@ -19,11 +19,13 @@ from typing import Any
 import grain
 import numpy as np
 
+from gemma4_jax.audio.features import num_frame_places
 from gemma4_jax.config import Gemma4Config
+from gemma4_jax.data.encode import Example, Unreadable
 from gemma4_jax.data.tally import Tally
-from gemma4_jax.data.tokenize import Example, Unreadable
 from gemma4_jax.errors import InputError
-from gemma4_jax.vision.geometry import SOFT_TOKEN_BUDGETS
+from gemma4_jax.fields import require
+from gemma4_jax.run_config import DataConfig
 
 LOOKAHEAD = 32
 """Examples among which a row chooses."""
@@ -60,52 +62,55 @@ class RowShape:
         }
 
     @classmethod
-    def from_config(cls, data: Any, model: Gemma4Config) -> "RowShape":
-        """The row that `config.data` describes for a model.
+    def from_config(cls, data: DataConfig, model: Gemma4Config) -> "RowShape":
+        """The row that a resolved config describes for a model.
 
         Raises:
-          InputError: if a row could not hold one image of the budget, or the model could not read it.
+          InputError: a row could not hold one image of the budget, or the model could not read it.
         """
-        tokens, images, budget = data.seq_len, data.images_per_row, data.soft_tokens_per_image
-        if not 2 <= tokens <= model.text.max_positions:
-            longest = f"2 and model.text.max_positions={model.text.max_positions}"
-            raise InputError(f"data.seq_len={tokens} is not possible: it must be between {longest}.")
-        if model.vision is None or images == 0:
+        tokens, budget = data.seq_len, data.soft_tokens_per_image
+        longest = f"at most model.text.max_positions={model.text.max_positions}"
+        require(tokens <= model.text.max_positions, "data.seq_len", tokens, longest)
+        if model.vision is None or data.images_per_row == 0:
             return cls(tokens, 0, 0, model.vision.patch_dim if model.vision else 0)
-        if budget not in SOFT_TOKEN_BUDGETS:
-            accepted = ", ".join(map(str, SOFT_TOKEN_BUDGETS))
-            raise InputError(f"data.soft_tokens_per_image={budget} is not possible: it must be one of {accepted}.")
         cell, longest_side = model.vision.pooling_size**2, budget * model.vision.pooling_size
         largest = budget * cell
-        shape = cls(tokens, images, data.patches_per_row, model.vision.patch_dim)
         if tokens < budget + 4:
             raise InputError(
                 f"data.seq_len={tokens} is shorter than one image: with data.soft_tokens_per_image={budget} it must "
                 f"be at least {budget + 4}, for the image, its two marks, <bos> and <eos>."
             )
-        if shape.patches < largest or shape.patches % cell:
-            raise InputError(
-                f"data.patches_per_row={shape.patches} is not possible: it must be a multiple of {cell}, the patches "
-                f"of a soft token, and at least {largest}, the patches of the largest image."
-            )
+        room = f"a multiple of {cell}, the patches of a soft token, and at least {largest}, those of the largest image"
+        is_room = data.patches_per_row >= largest and data.patches_per_row % cell == 0
+        require(is_room, "data.patches_per_row", data.patches_per_row, room)
         if longest_side > model.vision.num_positions:
             raise InputError(
                 f"data.soft_tokens_per_image={budget} lets an image be {longest_side} patches long, but the vision "
                 f"tower has model.vision.num_positions={model.vision.num_positions}: choose a smaller budget."
             )
-        return shape
+        return cls(tokens, data.images_per_row, data.patches_per_row, model.vision.patch_dim)
 
     def holds(self, example: Example) -> bool:
         """Whether an example fits in an empty row."""
-        return _fits(size_of(example), (self.tokens, self.images, self.patches))
+        return _fits(size_of(example), self.space())
+
+    def space(self) -> "Size":
+        """What an empty row has room for."""
+        return self.tokens, self.images, self.patches, self.frames
 
 
-def size_of(example: Example) -> tuple[int, int, int]:
-    """(tokens, images, patches) of an example."""
-    return len(example.tokens), len(example.images), sum(len(image.patches) for image in example.images)
+Size = tuple[int, int, int, int]
+"""(tokens, images, patches, frames)."""
 
 
-def _fits(size: tuple[int, ...], space: tuple[int, ...]) -> bool:
+def size_of(example: Example) -> Size:
+    """What an example takes of a row."""
+    patches = sum(len(image.patches) for image in example.images)
+    frames = sum(num_frame_places(len(sound)) for sound in example.sounds)
+    return len(example.tokens), len(example.images), patches, frames
+
+
+def _fits(size: Sequence[int], space: Sequence[int]) -> bool:
     return all(used <= left for used, left in zip(size, space, strict=True))
 
 
@@ -124,8 +129,8 @@ class Rules:
     allow_changes: bool = False
 
     @classmethod
-    def from_config(cls, data: Any) -> "Rules":
-        """The rules that `config.data` gives."""
+    def from_config(cls, data: DataConfig) -> "Rules":
+        """The rules that a config gives."""
         return cls(data.long_masked, data.max_left_out, data.allow_changes)
 
 
@@ -159,21 +164,22 @@ def fit(example: Example | Unreadable, shape: RowShape, *, long_masked: str) -> 
         return Fit((), "nothing_to_learn", f"{example.name}: nothing to learn, for no text in it carries loss.")
     if shape.holds(example):
         return Fit((example,))
-    tokens, images, patches = size_of(example)
-    if not images and example.carries_loss[1:].all():
+    tokens, *media = size_of(example)
+    is_text = not any(media)
+    if is_text and example.carries_loss[1:].all():
         pieces = tuple(_take(example, slice(start, start + shape.tokens)) for start in range(0, tokens, shape.tokens))
         return Fit(pieces, "split")
     excess, hint = tokens - shape.tokens, "."
-    if not images and long_masked == "cut_context" and excess <= example.context:
+    if is_text and long_masked == "cut_context" and excess <= example.context:
         return Fit((_take(example, np.r_[0, 1 + excess : tokens]),), "shortened")
-    if not images:
+    if is_text:
         hint = ", and text of which a part carries no loss is not split; see data.long_masked."
-    return Fit(
-        (),
-        "dropped",
-        f"{example.name}: {tokens} tokens, {images} images and {patches} patches do not fit in a row (data.seq_len="
-        f"{shape.tokens}, data.images_per_row={shape.images}, data.patches_per_row={shape.patches}){hint}",
-    )
+    images, patches, frames = media
+    size = f"{tokens} tokens, {images} images and {patches} patches"
+    space = f"data.seq_len={shape.tokens}, data.images_per_row={shape.images}, data.patches_per_row={shape.patches}"
+    if frames:  # no field of `data` makes room for them yet
+        size, space = f"{size}, with {frames} frames of sounds,", f"{space}, frames={shape.frames}"
+    return Fit((), "dropped", f"{example.name}: {size} do not fit in a row ({space}){hint}")
 
 
 def _take(example: Example, which: Any) -> Example:
@@ -186,7 +192,7 @@ class _Waiting:
     """An example that waits for a row, and how to read it again: the parent's state before it, and which piece."""
 
     example: Example
-    size: tuple[int, int, int]
+    size: Size
     parent_state: Any
     piece: int
 
@@ -227,7 +233,7 @@ class PackIterator(grain.DatasetIterator):
         if not self._waiting:
             raise StopIteration
         row: list[Example] = []
-        space: tuple[int, ...] = (self._shape.tokens, self._shape.images, self._shape.patches)
+        space: tuple[int, ...] = self._shape.space()
         chosen: int | None = 0
         while chosen is not None:
             waiting = self._waiting.pop(chosen)

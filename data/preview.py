@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,7 @@ from gemma4_jax.data.pipeline import make_train_iterator
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import write_atomically
 from gemma4_jax.ops.attention.spans import text_spans
+from gemma4_jax.run_config import RunConfig
 from gemma4_jax.tokenizer import Tokenizer
 
 PREVIEW_ROWS = 8
@@ -33,18 +33,22 @@ _NUM_COLOURS = 6
 _STYLE = resources.files("gemma4_jax.data").joinpath("bundled/preview.css").read_text("utf-8")
 
 
-def preview(config: Any, model_config: Gemma4Config, path: str | Path) -> None:
-    """Writes the page of a run config's first training rows to `path`; a page that is there already is replaced.
+def preview(config: RunConfig, path: str | Path) -> None:
+    """Writes the page of a run's first training rows to `path`; a page that is there already is replaced.
+
+    Args:
+      config: of the run, resolved.
+      path: of the page.
 
     Raises:
       InputError: if the config, the data or the path are not acceptable.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
     with _LeftOut() as left_out:
-        batches = make_train_iterator(config, model_config, tokenizer)
+        batches = make_train_iterator(config, tokenizer)
         batch = next(batches)
         batches.close()
-    page = preview_html([batch], tokenizer, model_config, PREVIEW_ROWS, list(left_out.warnings))
+    page = preview_html([batch], tokenizer, config.model, PREVIEW_ROWS, list(left_out.warnings))
     try:
         write_atomically(Path(path), page)
     except OSError as error:

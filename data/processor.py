@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from gemma4_jax.audio.features import SAMPLE_RATE, log_mel, num_frame_places, num_soft_tokens
+from gemma4_jax.audio.features import SAMPLE_RATE, num_soft_tokens
 from gemma4_jax.batch import Batch
 from gemma4_jax.chat import ChatTemplate
 from gemma4_jax.config import AudioConfig, VisionConfig
 from gemma4_jax.data.assemble import assemble
-from gemma4_jax.data.document import Image
+from gemma4_jax.data.document import Image, Sound
+from gemma4_jax.data.encode import Encoder, Example, expand
 from gemma4_jax.data.images import ImagePatches
 from gemma4_jax.data.pack import RowShape, size_of
-from gemma4_jax.data.sounds import decode_wav
-from gemma4_jax.data.tokenize import Example, image_patches
 from gemma4_jax.errors import InputError
 from gemma4_jax.tokenizer import Tokenizer
 
@@ -144,7 +143,7 @@ class Processor:
             raise InputError(f"tokens must be rows of token ids, and one is {reprlib.repr(tokens):.100}.")
         if ids.max() >= self.tokenizer.vocab_size:
             raise InputError(f"tokens hold {ids.max()}, and the vocabulary ends at {self.tokenizer.vocab_size - 1}.")
-        patches, sounds = tuple(map(self._patches, images)), tuple(map(self._sound, audios))
+        patches, sounds = self._read(images, audios)
         roles = self.tokenizer.tokens
         media = (
             ("images", roles.image, [image.num_soft_tokens for image in patches]),
@@ -174,45 +173,23 @@ class Processor:
                     f"an input has {ids.count(token)} places for {what}, and {len(given)} are given: write <|{name}|> "
                     f'in a text, or {{"type": "{name}"}} in a message, where each of them stands.'
                 )
-        patches, sounds = tuple(map(self._patches, images)), tuple(map(self._sound, audios))
-        sizes = {
-            roles.image: iter([image.num_soft_tokens for image in patches]),
-            roles.audio: iter([num_soft_tokens(len(sound)) for sound in sounds]),
-        }
-        marks = {
-            roles.image: (roles.begin_image, roles.end_image),
-            roles.audio: (roles.begin_audio, roles.end_audio),
-        }
-        tokens: list[int] = []
-        mask: list[bool] = []
-        for token, is_ours in zip(ids, carries_loss, strict=True):
-            run = [token]
-            if token in marks:
-                begin, end = marks[token]
-                run = [begin, *[token] * next(sizes[token]), end]
-            tokens += run
-            mask += [is_ours and token not in marks] * len(run)
-        return Example(np.array(tokens, np.int32), np.array(mask), patches, "input", sounds)
+        patches, sounds = self._read(images, audios)
+        arrays = expand(ids, carries_loss, patches, sounds, roles)
+        return Example(*arrays, patches, "input", sounds)
 
-    def _patches(self, image: ImageInput) -> ImagePatches:
-        return image_patches(_named_image(image), self.vision, self.max_soft_tokens)
-
-    def _sound(self, audio: AudioInput) -> np.ndarray:
-        if self.audio is None:
-            raise InputError("The model has no audio tower (model.audio is empty), so it cannot hear sounds.")
-        return log_mel(_samples(audio), self.audio.num_mel_bins)
+    def _read(
+        self, images: Sequence[ImageInput], audios: Sequence[AudioInput]
+    ) -> tuple[tuple[ImagePatches, ...], tuple[np.ndarray, ...]]:
+        """What the towers read of images and sounds."""
+        encoder = Encoder(self.tokenizer, self.vision, self.max_soft_tokens, self.audio)
+        patches = tuple(encoder.read_image(_named_image(image)) for image in images)
+        return patches, tuple(encoder.read_sound(_named_sound(audio)) for audio in audios)
 
     def _row_shape(self, examples: Sequence[Example]) -> RowShape:
         """The smallest that holds every example."""
-        tokens, images, patches = (max(sizes) for sizes in zip(*map(size_of, examples), strict=True))
-        return RowShape(
-            tokens,
-            images,
-            patches,
-            0 if self.vision is None else self.vision.patch_dim,
-            max(sum(num_frame_places(len(sound)) for sound in example.sounds) for example in examples),
-            0 if self.audio is None else self.audio.num_mel_bins,
-        )
+        tokens, images, patches, frames = (max(sizes) for sizes in zip(*map(size_of, examples), strict=True))
+        patch_dim = self.vision.patch_dim if self.vision else 0
+        return RowShape(tokens, images, patches, patch_dim, frames, self.audio.num_mel_bins if self.audio else 0)
 
 
 def _is_single(given: Any) -> bool:
@@ -250,7 +227,7 @@ def _inside_or_beside(messages: Any, kind: str, beside: Sequence[Any] | None) ->
 def _named_image(image: ImageInput) -> Image:
     """As in a document; the path of a file is its name."""
     if isinstance(image, str | Path):
-        return Image(_read("image", image), name=str(image))
+        return Image(_read_file("image", image), name=str(image))
     if isinstance(image, np.ndarray | PIL.Image.Image | bytes):
         return Image(image)
     raise InputError(
@@ -259,24 +236,19 @@ def _named_image(image: ImageInput) -> Image:
     )
 
 
-def _samples(audio: AudioInput) -> np.ndarray:
-    """[n] floats; `log_mel` judges what an array holds."""
+def _named_sound(audio: AudioInput) -> Sound:
+    """As in a document; the path of a file is its name. `log_mel` judges what an array holds."""
     if isinstance(audio, str | Path):
-        try:
-            return decode_wav(_read("sound", audio))
-        except InputError as error:
-            raise InputError(f"{audio}: {error}") from error
-    if isinstance(audio, bytes):
-        return decode_wav(audio)
-    if isinstance(audio, np.ndarray):
-        return audio
+        return Sound(_read_file("sound", audio), name=str(audio))
+    if isinstance(audio, np.ndarray | bytes):
+        return Sound(audio)
     raise InputError(
         f"a sound cannot be {type(audio).__name__}: give [n] floats, {SAMPLE_RATE} a second, or a WAV file's bytes or "
         "path."
     )
 
 
-def _read(what: str, path: str | Path) -> bytes:
+def _read_file(what: str, path: str | Path) -> bytes:
     if "://" in str(path):
         raise InputError(f"{what} {path} is a URL, and only files are read: download it first.")
     try:

@@ -73,7 +73,7 @@ class Tally:
         else:
             return
         raise InputError(
-            f"{_sentence(source, counters)}, {why}: mend the source, leave it out of data.mixture, or allow more than "
+            f"{_sentence(source, counters)}, {why}: mend the source, set its weight to 0, or allow more than "
             f"data.max_left_out={self._max_left_out}; the last: {reason}"
         )
 

@@ -4,20 +4,14 @@ Pure Python: importing this module does not import jax.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-from gemma4_jax.errors import InputError
-
-
-def _require(condition: bool, field: str, value: Any, accepted: str) -> None:
-    if not condition:
-        raise InputError(f"{field}={value!r} is not possible: it must be {accepted}.")
+from gemma4_jax.fields import require
 
 
 def _require_positive(config: Any, prefix: str, *names: str) -> None:
     for name in names:
-        _require(getattr(config, name) > 0, f"{prefix}.{name}", getattr(config, name), "greater than 0")
+        require(getattr(config, name) > 0, f"{prefix}.{name}", getattr(config, name), "greater than 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,33 +82,33 @@ class TextConfig:
         )  # fmt: skip
         period = self.attention_period
         whole = f"a multiple of attention_period={period} (layers come in whole periods)"
-        _require(self.num_layers % period == 0, "model.text.num_layers", self.num_layers, whole)
+        require(self.num_layers % period == 0, "model.text.num_layers", self.num_layers, whole)
         shared = self.num_kv_shared_layers
-        _require(
+        require(
             shared % period == 0 and 0 <= shared < self.num_layers,
             "model.text.num_kv_shared_layers", shared, f"0 or {whole}, and less than num_layers={self.num_layers}",
         )  # fmt: skip
         for name in ("num_kv_heads", "num_global_kv_heads"):
             divides = self.num_heads % getattr(self, name) == 0
-            _require(divides, f"model.text.{name}", getattr(self, name), f"a divisor of num_heads={self.num_heads}")
-        _require(
+            require(divides, f"model.text.{name}", getattr(self, name), f"a divisor of num_heads={self.num_heads}")
+        require(
             self.uses_k_eq_v or self.num_global_kv_heads == self.num_kv_heads,
             "model.text.num_global_kv_heads", self.num_global_kv_heads,
             f"num_kv_heads={self.num_kv_heads} unless uses_k_eq_v is set",
         )  # fmt: skip
         for name in ("head_dim", "global_head_dim"):
-            _require(getattr(self, name) % 2 == 0, f"model.text.{name}", getattr(self, name), "even, for rotary pairs")
+            require(getattr(self, name) % 2 == 0, f"model.text.{name}", getattr(self, name), "even, for rotary pairs")
         rotated = self.global_rope_fraction * self.global_head_dim / 2
-        _require(
+        require(
             0 <= self.global_rope_fraction <= 1 and rotated == int(rotated),
             "model.text.global_rope_fraction", self.global_rope_fraction,
             f"between 0 and 1 and rotate whole pairs of global_head_dim={self.global_head_dim}",
         )  # fmt: skip
         for name in ("per_layer_embed_dim", "final_logit_softcap", "num_experts"):
-            _require(getattr(self, name) >= 0, f"model.text.{name}", getattr(self, name), "at least 0")
+            require(getattr(self, name) >= 0, f"model.text.{name}", getattr(self, name), "at least 0")
         if self.num_experts:
             _require_positive(self, "model.text", "expert_dim")
-            _require(
+            require(
                 1 <= self.num_experts_per_token <= self.num_experts,
                 "model.text.num_experts_per_token", self.num_experts_per_token,
                 f"between 1 and num_experts={self.num_experts}",
@@ -168,7 +162,7 @@ class VisionConfig:
             "pooling_size", "num_positions", "rope_theta", "norm_eps",
         )  # fmt: skip
         in_pairs = "a multiple of 4, for pairs in x and in y"
-        _require(self.head_dim % 4 == 0, "model.vision.head_dim", self.head_dim, in_pairs)
+        require(self.head_dim % 4 == 0, "model.vision.head_dim", self.head_dim, in_pairs)
 
     @property
     def patch_dim(self) -> int:
@@ -215,7 +209,7 @@ class AudioConfig:
             self, "model.audio", "embed_dim", "num_layers", "num_heads", "conv_kernel_size", "attention_chunk_size",
             "attention_logit_softcap", "output_dim", "activation_clip",
         )  # fmt: skip
-        _require(
+        require(
             len(self.subsampling_channels) == 2
             and min(self.subsampling_channels) > 0
             and self.subsampling_channels[0] % 4 == 0,
@@ -223,10 +217,10 @@ class AudioConfig:
             "two numbers greater than 0, the first a multiple of 4",
         )  # fmt: skip
         left, right = self.attention_context_left, self.attention_context_right
-        _require(left >= 2, "model.audio.attention_context_left", left, "at least 2, for a query to see itself")
-        _require(right >= 0, "model.audio.attention_context_right", right, "at least 0")
-        _require(self.embed_dim % 2 == 0, "model.audio.embed_dim", self.embed_dim, "even, for sines and cosines")
-        _require(
+        require(left >= 2, "model.audio.attention_context_left", left, "at least 2, for a query to see itself")
+        require(right >= 0, "model.audio.attention_context_right", right, "at least 0")
+        require(self.embed_dim % 2 == 0, "model.audio.embed_dim", self.embed_dim, "even, for sines and cosines")
+        require(
             self.embed_dim % self.num_heads == 0,
             "model.audio.num_heads", self.num_heads, f"a divisor of embed_dim={self.embed_dim}",
         )  # fmt: skip
@@ -267,26 +261,9 @@ class Gemma4Config:
     audio: AudioConfig | None = None
     tokens: SpecialTokens = SpecialTokens()
 
-    @classmethod
-    def from_dict(cls, sections: Mapping[str, Any]) -> "Gemma4Config":
-        """The inverse of `dataclasses.asdict`, also after it went through JSON.
-
-        Raises:
-          InputError: the fields do not describe a possible model.
-        """
-        vision, audio = sections["vision"], sections["audio"]
-        if audio is not None:
-            audio = AudioConfig(**{**audio, "subsampling_channels": tuple(audio["subsampling_channels"])})
-        return cls(
-            text=TextConfig(**sections["text"]),
-            vision=None if vision is None else VisionConfig(**vision),
-            audio=audio,
-            tokens=SpecialTokens(**sections["tokens"]),
-        )
-
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self.tokens).items():
-            _require(
+            require(
                 0 <= value < self.text.vocab_size,
                 f"model.tokens.{name}", value, f"a token id below model.text.vocab_size={self.text.vocab_size}",
             )  # fmt: skip

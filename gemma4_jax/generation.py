@@ -23,7 +23,7 @@ from gemma4_jax.batch import Batch, padding, sizes_of
 from gemma4_jax.errors import InputError
 from gemma4_jax.model import Gemma4
 from gemma4_jax.ops.cross_entropy import vocabulary_logits
-from gemma4_jax.sharding import BATCH_AXES
+from gemma4_jax.sharding import BATCH_AXES, constrain
 from gemma4_jax.text.attention import KeyValues, view_tokens
 from gemma4_jax.text.decoder import Cache
 
@@ -258,7 +258,8 @@ def _write(
         written = jax.lax.dynamic_update_slice_in_dim(written, chosen[:, None], step, axis=1)
         return step + 1, written, cache, is_done | jnp.isin(chosen, stop_tokens)
 
-    return jax.lax.while_loop(goes_on, take_step, (jnp.int32(1), written, cache, is_done))[1]
+    written = jax.lax.while_loop(goes_on, take_step, (jnp.int32(1), written, cache, is_done))[1]
+    return constrain(written, None, None)  # whole in every process
 
 
 def _prefill(model: Gemma4, prompts: Batch, lengths: jax.Array, num_places: int) -> tuple[jax.Array, Cache]:

@@ -80,8 +80,7 @@ class Gemma4(nnx.Module):
     def __call__(self, batch: Batch) -> jax.Array:
         """[B, T, V] float32 logits of the next token, soft-capped."""
         hidden, _ = self.hidden(batch)
-        with jax.named_scope("head"):
-            return vocabulary_logits(hidden, self.head)
+        return vocabulary_logits(hidden, self.head)
 
     def hidden(self, batch: Batch) -> tuple[jax.Array, RouterStats | None]:
         """Final hidden states [B, T, D], and router statistics with a leading [L] axis where there are experts."""

@@ -22,27 +22,30 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise InputError(f"check takes one RUN_DIR, and was given {' '.join(arguments) or 'nothing'}.")
 
+    from gemma4_jax.checkpoints.integrity import FROZEN, checkpoint_steps, verify
     from gemma4_jax.files import local_path
-    from gemma4_jax.hf.integrity import checkpoint_steps, verify
 
     run_dir = local_path(arguments[0])
     steps = checkpoint_steps(run_dir)
     if not steps:
         raise InputError(f"{run_dir} holds no checkpoint: give the directory of a run.")
+    folders = {f"step {step}": run_dir / "checkpoints" / str(step) for step in steps}
+    if (run_dir / FROZEN).exists():
+        folders = {"frozen, shared by all": run_dir / FROZEN} | folders
     damaged = []
-    for step in steps:
-        verdict = verify(run_dir / "checkpoints" / str(step))
+    for name, folder in folders.items():
+        verdict = verify(folder)
         if verdict.damage is not None:
-            damaged.append(str(step))
-            print(f"step {step}: damaged, {verdict.damage}")
+            damaged.append(name)
+            print(f"{name}: damaged, {verdict.damage}")
         elif verdict.by:
             size = f"{verdict.num_files:,} files of {verdict.num_bytes / 1e6:,.1f} MB"
-            print(f"step {step}: intact, {size} compared by their {verdict.by}")
+            print(f"{name}: intact, {size} compared by their {verdict.by}")
         else:
-            print(f"step {step}: unknown, it was written without checksums")
+            print(f"{name}: unknown, it was written without checksums")
     if damaged:
-        of = f"{len(damaged)} of {len(steps)} checkpoints in {run_dir}"
-        raise InputError(f"{of} are damaged (step {', '.join(damaged)}): a run goes on from the newest intact one.")
+        of = f"{len(damaged)} of {len(folders)} checkpoints in {run_dir}"
+        raise InputError(f"{of} are damaged ({'; '.join(damaged)}): a run goes on from the newest intact one.")
 
 
 def help_text() -> str:

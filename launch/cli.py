@@ -18,6 +18,7 @@ from gemma4_jax.errors import InputError
 
 COMMANDS = {
     "train": "train the run that a config describes, or resume it",
+    "fields": "tell every field of a run config, its default and its meaning",
     "preview": "show the first packed rows of a run as one HTML page",
     "export": "write a trained run as Hugging Face-format safetensors",
     "convert": "write Hugging Face-format safetensors as a checkpoint that runs begin from",

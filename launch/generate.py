@@ -20,8 +20,9 @@ from typing import Any
 from absl import flags
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.fields import nearest
 from gemma4_jax.files import local_path
-from gemma4_jax.launch import checks, cli
+from gemma4_jax.launch import cli
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -71,7 +72,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     try:
         positional = values(["gemma4", *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
-        near = checks.nearest(error.flagname, values)
+        near = nearest(error.flagname, values)
         raise InputError(
             f"--{error.flagname} is not possible: there is no such flag, the nearest is --{near}."
         ) from error

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from gemma4_jax.files import local_path
-from gemma4_jax.launch import cli, run_config
+from gemma4_jax.launch import cli, command_line
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,18 +23,18 @@ def main(arguments: Sequence[str]) -> None:
     """
     command_flags = flags.FlagValues()
     flags.DEFINE_string("out", "preview.html", "the page to write", flag_values=command_flags)
-    config = run_config.from_command_line(arguments, command_flags)
+    config = command_line.from_command_line(arguments, command_flags)
 
     from gemma4_jax.data.preview import preview
 
     out = str(local_path(str(command_flags["out"].value)))
-    preview(config, run_config.model_config(config), out)
+    preview(config.resolved(), out)
     print(f"wrote {out}")
 
 
 def help_text() -> str:
     """What `gemma4 preview --help` prints."""
-    return f"{(__doc__ or '').strip()}\n\n{run_config.shipped_listing()}"
+    return f"{(__doc__ or '').strip()}\n\n{command_line.shipped_listing()}"
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ finished one is left as it is, and its export too.
   gemma4 train --config=my_config.py:ARGUMENT        # calls its get_config(ARGUMENT)
   gemma4 train --config=my_config.py --config.init.from_hf=CHECKPOINT --config.tokenizer=CHECKPOINT
 
-Every field, with its default, is in the config `base`.
+`gemma4 fields` tells every field, with its default.
 """
 
 import sys
 from collections.abc import Sequence
 
 from gemma4_jax.files import local_path
-from gemma4_jax.launch import checks, cli, run_config
+from gemma4_jax.launch import cli, command_line
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -26,22 +26,21 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
       InputError: the config, the devices or the data are not acceptable.
     """
-    config = run_config.from_command_line(arguments)
+    config = command_line.from_command_line(arguments)
 
+    from gemma4_jax.checkpoints.integrity import checkpoint_steps
     from gemma4_jax.data.pack import RowShape
+    from gemma4_jax.processes import agree
     from gemma4_jax.sharding import make_mesh
-
-    model_config = run_config.model_config(config)
-    RowShape.from_config(config.data, model_config)
-    checks.check_batch(config, make_mesh(config.mesh.to_dict()).shape)
-
-    from gemma4_jax.hf.integrity import checkpoint_steps
     from gemma4_jax.train.initialize import check_source
     from gemma4_jax.train.loop import train
+    from gemma4_jax.train.program import resolve
 
-    if not checkpoint_steps(local_path(config.run_dir)):  # else the run goes on from there, wherever it once began
-        check_source(config.init, model_config)
-    train(config, model_config)
+    resolved = resolve(config, make_mesh(vars(config.mesh)))
+    RowShape.from_config(resolved.data, resolved.model)
+    if not agree(lambda: checkpoint_steps(local_path(config.run_dir))):  # else the run goes on, wherever it once began
+        check_source(config)
+    train(config)
     if config.export.at_end:
         from gemma4_jax.hf.save import export_run
 
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def help_text() -> str:
     """What `gemma4 train --help` prints."""
-    return f"{(__doc__ or '').strip()}\n\n{run_config.shipped_listing()}"
+    return f"{(__doc__ or '').strip()}\n\n{command_line.shipped_listing()}"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
 """Checkpoints of a run, written while training goes on.
 
 RUN_DIR/checkpoints/STEP holds three items:
-- model: the nnx.State of the model, parameters and buffers together, as nested dictionaries;
+- model: the trained parameters, as nested dictionaries;
 - training: step and optimizer state;
 - data: where each process's data iterator stands, after exactly the batches of the first STEP steps.
+
+RUN_DIR/frozen holds the item model of what never changes, frozen parameters and buffers: it is written once, before the
+first checkpoint, and only where there is any.
 
 A checkpoint is written under another name and renamed when it is whole, so one that was interrupted is never seen. The
 last that goes into it are checksums of its files.
 """
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +28,10 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from gemma4_jax.checkpoints.integrity import FROZEN, checkpoint_steps, newest_intact, write_checksums
+from gemma4_jax.checkpoints.parameters import CheckpointParameters, flatten_paths, stored_arrays
 from gemma4_jax.errors import InputError
-from gemma4_jax.hf.agreement import led_by_first_process
-from gemma4_jax.hf.integrity import checkpoint_steps, newest_intact, write_checksums
-from gemma4_jax.hf.names import flatten_paths
-from gemma4_jax.hf.parameters import stored_arrays
+from gemma4_jax.processes import agree, is_first, led_by_first
 from gemma4_jax.train.state import TrainState
 
 MAX_CHUNK_BYTES = 2**28
@@ -52,9 +56,9 @@ class Checkpoints:
         self._folder, self._checksums = run_dir / "checkpoints", checksums
         self._step_to_save: int | None = None
         logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
-        with led_by_first_process():
-            if jax.process_index() == 0:
-                _set_damaged_aside(run_dir)
+        self._frozen = run_dir / FROZEN
+        self.latest_step: int | None = agree(lambda: _set_damaged_aside(run_dir))
+        self._has_frozen = self.latest_step is not None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
@@ -62,11 +66,6 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-
-    @property
-    def latest_step(self) -> int | None:
-        """Step of the latest checkpoint; None if there is none."""
-        return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator) -> None:
         """Takes a copy of everything and returns; files are written meanwhile.
@@ -79,9 +78,12 @@ class Checkpoints:
           InputError: this checkpoint, or the one before it, cannot be written; those that were whole still are.
         """
         self.wait()  # the step to save is that of one save at a time
+        if not self._has_frozen:
+            self._save_frozen(nnx.to_pure_dict(state.frozen))
+            self._has_frozen = True
         self._step_to_save = step
         items = ocp.args.Composite(
-            model=_in_chunks(_model_dict(state)),
+            model=_in_chunks(nnx.to_pure_dict(state.trained)),
             training=_in_chunks(_training_dict(state)),
             data=grain.checkpoint.CheckpointSave(iterator),
         )
@@ -109,12 +111,16 @@ class Checkpoints:
         """
         self._check_model(step, abstract)
         items = ocp.args.Composite(
-            model=ocp.args.StandardRestore(_model_dict(abstract)),
+            model=ocp.args.StandardRestore(nnx.to_pure_dict(abstract.trained)),
             training=ocp.args.StandardRestore(_training_dict(abstract)),
             data=grain.checkpoint.CheckpointRestore(iterator),
         )
+        frozen = nnx.to_pure_dict(abstract.frozen)
         try:
             restored = self._manager.restore(step, args=items)
+            if jax.tree.leaves(frozen):
+                with ocp.StandardCheckpointer() as checkpointer:
+                    frozen = checkpointer.restore(self._frozen / "model", frozen)
         except InputError:  # the data is not what it was: nothing is wrong with the checkpoint
             raise
         except Exception as error:  # the library's for files that it did not expect
@@ -123,10 +129,10 @@ class Checkpoints:
                 f"checkpoint {self._manager.directory / str(step)} cannot be restored: {reason}; delete that folder to "
                 "go on from the one before it, or give another run_dir."
             ) from error
-        model, is_trained = abstract.model, {path for path, _ in nnx.to_flat_state(abstract.trained)}
-        nnx.replace_by_pure_dict(model, restored.model)
-        trained, frozen = nnx.split_state(model, lambda path, _: path in is_trained, ...)
-        return TrainState(trained=trained, frozen=frozen, **restored.training)
+        state = jax.tree.map(lambda leaf: leaf, abstract)
+        nnx.replace_by_pure_dict(state.trained, restored.model)
+        nnx.replace_by_pure_dict(state.frozen, frozen)
+        return dataclasses.replace(state, **restored.training)
 
     def _check_model(self, step: int, abstract: TrainState) -> None:
         """Names all that differs, before Orbax meets the first of it with reads under way that it would abandon."""
@@ -136,8 +142,8 @@ class Checkpoints:
                 f"checkpoint {folder} is of an earlier version of this package, which kept a random key in it: begin "
                 f"another run from its parameters, with init.from_run={str(self._folder.parent)!r}."
             )
-        stored = {path: tuple(array.shape) for path, array in stored_arrays(folder / "model").items()}
-        wanted = {path: array.shape for path, array in flatten_paths(_model_dict(abstract)).items()}
+        stored = dict(CheckpointParameters(self._folder.parent, step).shapes)
+        wanted = {path: array.shape for path, array in flatten_paths(nnx.to_pure_dict(abstract.model)).items()}
         differing = sorted(path for path in stored | wanted if stored.get(path) != wanted.get(path))
         if differing:
             named = ", ".join(f"{path} {stored.get(path)} and not {wanted.get(path)}" for path in differing[:5])
@@ -156,29 +162,45 @@ class Checkpoints:
         with self._as_one_sentence():
             self._manager.close()
 
+    def _save_frozen(self, frozen: dict[str, Any]) -> None:
+        """Writes what no step changes, in place of what a start that came to no checkpoint may have left."""
+        in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES), frozen)
+        with self._as_one_sentence(self._frozen):
+            with led_by_first():
+                if is_first():
+                    shutil.rmtree(self._frozen, ignore_errors=True)
+            if not jax.tree.leaves(frozen):
+                return
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(self._frozen / "model", frozen, save_args=in_chunks)
+            with led_by_first():
+                if is_first():
+                    write_checksums(self._frozen, sizes_only=not self._checksums)
+
     def _write_checksums(self) -> None:
         (folder,) = self._folder.glob(f"{self._step_to_save}{ocp.utils.TMP_DIR_SUFFIX}*")
         write_checksums(folder, sizes_only=not self._checksums)
 
     @contextlib.contextmanager
-    def _as_one_sentence(self) -> Iterator[None]:
-        """Around what raises when a save fails, often a while after it began."""
+    def _as_one_sentence(self, folder: Path | None = None) -> Iterator[None]:
+        """Around what raises when the save of a folder fails, often a while after it began; None is the last step's."""
         try:
             yield
         except Exception as error:  # of the library, which lets everything through
             steps = checkpoint_steps(self._folder.parent)
             place = f"step {steps[-1]}, the last checkpoint that is whole" if steps else "the beginning"
+            folder = folder or self._folder / str(self._step_to_save)
             raise InputError(
-                f"checkpoint {self._folder / str(self._step_to_save)} could not be saved ({_reason(error)}): mend that "
-                f"and give the same command again, which goes on from {place}."
+                f"checkpoint {folder} could not be saved ({_reason(error)}): mend that and give the command again, "
+                f"which goes on from {place}."
             ) from error
 
 
-def _set_damaged_aside(run_dir: Path) -> None:
-    """Renames what is newer than the newest intact checkpoint, so that its step can be saved again."""
+def _set_damaged_aside(run_dir: Path) -> int | None:
+    """Renames what is newer than the newest intact checkpoint, so that its step can be saved again; tells that one."""
     steps = checkpoint_steps(run_dir)
     if not steps:
-        return
+        return None
     newest = newest_intact(run_dir)
     for step in steps:
         if step > newest:
@@ -189,6 +211,7 @@ def _set_damaged_aside(run_dir: Path) -> None:
                     break
                 aside = folder.with_name(f"{step}.damaged.{number}")
             folder.rename(aside)
+    return newest
 
 
 def _reason(error: Exception) -> str:
@@ -205,10 +228,6 @@ def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
 
 def _in_chunks(item: dict[str, Any]) -> ocp.args.StandardSave:
     return ocp.args.StandardSave(item, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES), item))
-
-
-def _model_dict(state: TrainState) -> dict[str, Any]:
-    return nnx.to_pure_dict(state.model)
 
 
 def _training_dict(state: TrainState) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import write_atomically
+from gemma4_jax.processes import agree
 
 Fingerprints = Mapping[str, Mapping[str, Any]]
 """Source -> its `fingerprint()`."""
@@ -28,15 +27,19 @@ def check_data(run_dir: Path, fingerprints: Fingerprints, *, is_resumed: bool, a
       InputError: the data is not what it was.
     """
     path = run_dir / "data.json"
+    return agree(lambda: _compare(path, fingerprints, is_resumed=is_resumed, allow_changes=allow_changes))
+
+
+def _compare(path: Path, fingerprints: Fingerprints, *, is_resumed: bool, allow_changes: bool) -> list[str]:
+    """As `check_data`, in the first process."""
     now = json.loads(json.dumps(fingerprints))
     changes = _changes(_read(path), now) if is_resumed and path.exists() else []
     if changes and not allow_changes:
         raise InputError(
-            f"The data is not what the run in {run_dir} began with: {'; '.join(changes)}; restore it, or go on all the "
-            "same with data.allow_changes=true, where documents may come again or not at all until the epoch ends."
+            f"The data is not what the run in {path.parent} began with: {'; '.join(changes)}; restore it, or go on all "
+            "the same with data.allow_changes=true, where documents may come again or not at all until the epoch ends."
         )
-    if jax.process_index() == 0:
-        write_atomically(path, json.dumps(now, indent=2) + "\n")
+    write_atomically(path, json.dumps(now, indent=2) + "\n")
     return changes
 
 

@@ -11,40 +11,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
 
+from gemma4_jax.checkpoints.integrity import newest_intact
+from gemma4_jax.checkpoints.parameters import CheckpointParameters, flatten_paths
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.errors import InputError
+from gemma4_jax.fields import parse
 from gemma4_jax.files import local_path
-from gemma4_jax.hf.agreement import led_by_first_process
-from gemma4_jax.hf.integrity import newest_intact
 from gemma4_jax.hf.load import Checkpoint, another_model, differing_fields, load_state, write_carried
-from gemma4_jax.hf.names import abbreviate, flatten_paths, tensors
-from gemma4_jax.hf.parameters import CheckpointParameters
+from gemma4_jax.hf.names import abbreviate, tensors
 from gemma4_jax.hf.save import CARRIED
+from gemma4_jax.processes import agree, is_first, led_by_first
+from gemma4_jax.run_config import RunConfig
 from gemma4_jax.train.state import TrainState
 
 
-def check_source(init: Any, model_config: Gemma4Config) -> None:
+def check_source(config: RunConfig) -> None:
     """Checks, before anything is written, that a run can begin from what its config names.
 
-    Args:
-      init: the section `init` of the run config.
-      model_config: the architecture of the run.
     Raises:
       InputError: it is not there, is damaged, or is another model; every field that differs is named.
     """
+    init, model_config = config.init, config.model
     if init.from_hf:
         checkpoint = Checkpoint(init.from_hf)
         if differing := differing_fields(checkpoint.config, model_config):
             raise another_model(checkpoint.folder, differing)
     if init.from_run:
         run = local_path(init.from_run)
-        with led_by_first_process():
-            if jax.process_index() == 0:
+        with led_by_first():
+            if is_first():
                 CheckpointParameters(run)
         given = _architecture(run)
         differing = differing_fields(given, model_config)
@@ -58,20 +56,19 @@ def check_source(init: Any, model_config: Gemma4Config) -> None:
             raise another_model(run, differing)
 
 
-def initial_values(init: Any, model_config: Gemma4Config, abstract: TrainState, run_dir: Path) -> nnx.State | None:
+def initial_values(config: RunConfig, abstract: TrainState, run_dir: Path) -> nnx.State | None:
     """Parameters and buffers, each shard read straight to its device; None where the run begins from random ones.
 
     Tensors of a checkpoint that the model does not use go to a file in the run directory, for its exports.
 
     Args:
-      init: the section `init` of the run config.
-      model_config: the architecture.
+      config: of the run.
       abstract: from `state.abstract_state`.
       run_dir: of the new run.
     Raises:
       InputError: as in `check_source`, or a parameter is not made of finite numbers.
     """
-    wanted = abstract.model
+    init, model_config, wanted = config.init, config.model, abstract.model
     if init.from_hf:
         checkpoint = Checkpoint(init.from_hf)
         with warnings.catch_warnings():
@@ -117,7 +114,7 @@ def _check_values(values: nnx.State, model_config: Gemma4Config, given: str) -> 
 
 def _carry(write: Callable[[Path], Any], run_dir: Path) -> None:
     """Lets the first process write the tensors that exports of the run carry, whole or not at all."""
-    if jax.process_index() != 0:
+    if not is_first():
         return
     temporary = run_dir / f".{CARRIED}.{os.getpid()}.tmp"
     try:
@@ -132,34 +129,36 @@ def _carry(write: Callable[[Path], Any], run_dir: Path) -> None:
 
 def _restore(run: Path, wanted: nnx.State) -> nnx.State:
     """The model of the newest intact checkpoint of a run, on the mesh of this one and in its dtypes."""
-    stored = CheckpointParameters(run, _newest_intact(run))
-    shapes = {path: leaf.shape for path, leaf in flatten_paths(nnx.to_pure_dict(wanted)).items()}
+    stored = CheckpointParameters(run, agree(lambda: newest_intact(run)))
+    leaves = flatten_paths(nnx.to_pure_dict(wanted))
     if differing := sorted(
-        path for path in shapes.keys() | stored.shapes.keys() if shapes.get(path) != stored.shapes.get(path)
+        path
+        for path in leaves.keys() | stored.shapes.keys()
+        if path not in leaves or leaves[path].shape != stored.shapes.get(path)
     ):
         raise InputError(f"{run} is of another model: {', '.join(differing[:5])} are not the same.")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            nnx.replace_by_pure_dict(wanted, checkpointer.restore(stored.folder, nnx.to_pure_dict(wanted)))
+            parts = [_restore_part(checkpointer, folder, stored, wanted) for folder in set(stored.folders.values())]
     except Exception as error:  # the library's for files that it did not expect
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"checkpoint {stored.folder.parent} cannot be read: {reason}.") from error
-    return wanted
+    return nnx.merge_state(*parts)
 
 
-def _newest_intact(run: Path) -> int:
-    """The step that the first process finds, so that files are verified once and all processes read the same."""
-    step = 0
-    with led_by_first_process():
-        if jax.process_index() == 0:
-            step = newest_intact(run)
-    return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+def _restore_part(
+    checkpointer: ocp.StandardCheckpointer, folder: Path, stored: CheckpointParameters, wanted: nnx.State
+) -> nnx.State:
+    """What one folder of a checkpoint holds of the model."""
+    part, _ = nnx.split_state(wanted, lambda path, _: stored.folders[".".join(map(str, path))] == folder, ...)
+    nnx.replace_by_pure_dict(part, checkpointer.restore(folder, nnx.to_pure_dict(part)))
+    return part
 
 
 def _architecture(run: Path) -> Gemma4Config:
     """Of the model of a run."""
     path = run / "config.json"
     try:
-        return Gemma4Config.from_dict(json.loads(path.read_text("utf-8"))["model"])
+        return parse(Gemma4Config, json.loads(path.read_text("utf-8"))["model"], "model")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"init.from_run={str(run)!r} is not a run: {path} cannot be read as its config.") from error

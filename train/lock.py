@@ -12,19 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from gemma4_jax.errors import InputError
+from gemma4_jax.processes import agree
 
 HEARTBEAT_SECONDS = 5.0
 """How often an owner touches its file."""
 
 PATIENCE_SECONDS = 20.0
 """How long another machine watches the file before it takes the owner for dead."""
-
-_MESSAGE_BYTES = 4096
 
 
 class RunLock:
@@ -51,13 +46,7 @@ class RunLock:
         }
 
     def __enter__(self) -> "RunLock":
-        refusal = ""
-        if jax.process_index() == 0:
-            try:
-                self._acquire()
-            except InputError as error:
-                refusal = str(error)
-        if refusal := _told_by_first(refusal):
+        if refusal := agree(self._refusal_of_disk):
             raise InputError(refusal)
         return self
 
@@ -81,6 +70,14 @@ class RunLock:
             if _read(self._path) == self._owner:
                 self._path.unlink(missing_ok=True)
             os.close(file)
+
+    def _refusal_of_disk(self) -> str:
+        """Acquires the lock; if that is not possible, why, for every process to say."""
+        try:
+            self._acquire()
+        except InputError as error:
+            return str(error)
+        return ""
 
     def _acquire(self) -> None:
         try:
@@ -171,11 +168,3 @@ def _machine() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:
         return platform.node()
-
-
-def _told_by_first(text: str) -> str:
-    """The text of the first process, in every process."""
-    if jax.process_count() == 1:
-        return text
-    told = np.frombuffer(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES), np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(told))).decode(errors="ignore").rstrip()

@@ -7,100 +7,92 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import grain
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from gemma4_jax import processes
 from gemma4_jax.batch import Batch
-from gemma4_jax.config import Gemma4Config
-from gemma4_jax.data.iterator import read_counters
-from gemma4_jax.data.pipeline import EvalItem, eval_batches, make_train_iterator
+from gemma4_jax.data.iterator import TrainIterator, read_counters
+from gemma4_jax.data.pipeline import make_train_iterator
 from gemma4_jax.data.tally import left_out_sentences
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import local_path
+from gemma4_jax.run_config import RunConfig
 from gemma4_jax.sharding import BATCH_AXES, batch_sharding, make_mesh
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.checkpoint import Checkpoints
-from gemma4_jax.train.evaluate import Reading, evaluate, put_batch, read_greedily
+from gemma4_jax.train.evaluators import Evaluator, Setting, make_evaluator
 from gemma4_jax.train.fingerprints import check_data
 from gemma4_jax.train.initialize import initial_values
 from gemma4_jax.train.interruption import Interruption
 from gemma4_jax.train.lock import RunLock
 from gemma4_jax.train.metrics import Meter, MetricsLog, read_records
+from gemma4_jax.train.profiler import Profiler
 from gemma4_jax.train.program import Program, compile_step, make_program
 from gemma4_jax.train.report import summarize, write_report, write_summary
 from gemma4_jax.train.run_dir import open_run_dir, run_tokenizer
 from gemma4_jax.train.state import create_state
 from gemma4_jax.train.terminal import Terminal
 
-NUM_SAMPLES = 24
-"""Held-out images that the report shows."""
 
-
-HeldOut = Sequence[tuple[Batch, list[EvalItem]]]
-"""What `data.pipeline.eval_batches` gives."""
-
-
-def train(config: Any, model_config: Gemma4Config) -> dict[str, Any]:
+def train(config: RunConfig) -> dict[str, Any]:
     """Trains, evaluates and reports a run; goes on from the last checkpoint where its run directory holds one.
 
     On SIGTERM and Ctrl-C the run saves a checkpoint and leaves by SystemExit(143 or 130); see `interruption`.
 
     Args:
-      config: the checked run config.
-      model_config: the architecture that its section `model` describes.
+      config: of the run.
     Returns:
       What summary.json holds.
     Raises:
       InputError: the run directory, the devices or the data are not acceptable, or the loss is no longer a number.
     """
     started = time.perf_counter()
-    mesh = make_mesh(config.mesh.to_dict())
+    mesh = make_mesh(vars(config.mesh))
     _check_processes(mesh)
     with contextlib.ExitStack() as stack:
-        terminal = stack.enter_context(Terminal(is_shown=jax.process_index() == 0))
+        terminal = stack.enter_context(Terminal(is_shown=processes.is_first()))
         lock = RunLock(local_path(config.run_dir).absolute(), terminal.say)
         interruption = stack.enter_context(Interruption(terminal.say, terminal.stop, lock.release))
+        program = make_program(config, mesh)
         tokenizer = run_tokenizer(config)
         with terminal.stage("opening the data", "opened the data"):
             iterator = make_train_iterator(
-                config, model_config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
+                program.config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
             )
             stack.callback(iterator.close)
-            held_out = eval_batches(config, model_config, tokenizer, config.eval.batch_size)
-        program = make_program(config, model_config, mesh)
+            run = _Run(program, tokenizer, iterator, terminal, interruption, lock)
         # Only now: a run that cannot begin leaves no config behind that the next one would have to be like.
         stack.enter_context(lock)
         run_dir = open_run_dir(config, tokenizer)
         checkpoints = Checkpoints(run_dir, config.checkpoint.keep, checksums=config.checkpoint.checksums)
         stack.callback(checkpoints.close)
-        if (summary := _summary_of_finished(run_dir, checkpoints.latest_step, config.train.num_steps)) is not None:
+        latest = checkpoints.latest_step
+        summary = processes.agree(lambda: _summary_of_finished(run_dir, latest, config.train.num_steps))
+        if summary is not None:
             terminal.say(f"{run_dir} holds the finished run: there is nothing left to do.")
             return summary
-        is_resumed, may_change = checkpoints.latest_step is not None, config.data.allow_changes
-        changes = check_data(run_dir, iterator.fingerprints, is_resumed=is_resumed, allow_changes=may_change)
-        for change in changes:
+        may_change = config.data.allow_changes
+        for change in check_data(
+            run_dir, iterator.fingerprints, is_resumed=latest is not None, allow_changes=may_change
+        ):
             terminal.say(f"goes on although the data has changed: {change}")
         with jax.set_mesh(mesh):
-            run = _Run(
-                config,
-                model_config,
-                program,
-                run_dir,
-                iterator,
-                held_out,
-                checkpoints,
-                terminal,
-                interruption,
-                lock,
-            )
+            run.start(run_dir, checkpoints)
             run.train()
-            return run.finish(tokenizer, started)
+            return run.finish(started)
+
+
+class Hook(NamedTuple):
+    """What a run does after some of its steps: every so many, and after the last."""
+
+    every_steps: int
+    call: Callable[[], None]
 
 
 class _Run:
@@ -108,49 +100,59 @@ class _Run:
 
     def __init__(
         self,
-        config: Any,
-        model_config: Gemma4Config,
         program: Program,
-        run_dir: Path,
-        iterator: grain.DatasetIterator,
-        held_out: HeldOut,
-        checkpoints: Checkpoints,
+        tokenizer: Tokenizer,
+        iterator: TrainIterator,
         terminal: Terminal,
         interruption: Interruption,
         lock: RunLock,
     ) -> None:
-        self.config, self.program, self.mesh, self.run_dir = config, program, program.mesh, run_dir
-        self.iterator, self.held_out, self.checkpoints = iterator, held_out, checkpoints
+        self.program, self.config, self.mesh = program, program.config, program.mesh
+        self.tokenizer, self.iterator = tokenizer, iterator
         self.terminal, self.interruption, self.lock = terminal, interruption, lock
-        self.num_steps = config.train.num_steps
-        abstract = program.state
-        latest = interruption.saved_step = checkpoints.latest_step
-        if latest is None:
-            with terminal.stage("making the parameters", "made the parameters"):
-                values = initial_values(config.init, model_config, abstract, run_dir)
-                state = create_state(abstract, model_config, program.config, values)
-                self.step, self.state = 0, jax.block_until_ready(state)
-        else:
-            with terminal.stage(f"reading the checkpoint of step {latest}"):
-                self.step, self.state = latest, checkpoints.restore(latest, abstract, iterator)
-            terminal.say(f"resumed from the checkpoint of step {latest}")
-        self.meter = Meter(config.log.every_steps, self.num_steps, config.data.batch_size * config.data.seq_len)
-        is_first = jax.process_index() == 0
-        self.log = MetricsLog(run_dir, self.step, tensorboard=config.log.tensorboard) if is_first else None
-        self.evaluation: dict[str, Any] | None = None
+        self.num_steps = self.config.train.num_steps
+        setting = Setting(program, tokenizer, self._leave_if_asked)
+        made = {name: make_evaluator(evaluator, setting) for name, evaluator in self.config.evaluators.items()}
+        self.evaluators: dict[str, Evaluator] = {name: evaluator for name, evaluator in made.items() if evaluator}
+        self.measured: dict[str, dict[str, float]] = {}
         self.compile_seconds = 0.0
         self.saving: int | None = None  # the step that is being written
 
+    def start(self, run_dir: Path, checkpoints: Checkpoints) -> None:
+        """Makes the state of the first step, or reads that of the latest checkpoint."""
+        self.run_dir, self.checkpoints = run_dir, checkpoints
+        config, abstract, terminal = self.config, self.program.state, self.terminal
+        latest = self.interruption.saved_step = checkpoints.latest_step
+        if latest is None:
+            with terminal.stage("making the parameters", "made the parameters"):
+                values = initial_values(config, abstract, run_dir)
+                self.step, self.state = 0, jax.block_until_ready(create_state(abstract, config, values))
+        else:
+            with terminal.stage(f"reading the checkpoint of step {latest}"):
+                self.step, self.state = latest, checkpoints.restore(latest, abstract, self.iterator)
+            terminal.say(f"resumed from the checkpoint of step {latest}")
+        if frozen := sorted({str(path[0]) for path, _ in _parameters(self.state.frozen)}):
+            share = _count(self.state.frozen) / _count(self.state.model)
+            terminal.say(f"frozen are {share:.1%} of the parameters, in {', '.join(frozen)}")
+        self.meter = Meter(config.log.every_steps, self.num_steps, config.data.batch_size * config.data.seq_len)
+        is_first = processes.is_first()
+        self.log = MetricsLog(run_dir, self.step, tensorboard=config.log.tensorboard) if is_first else None
+        self.profiler = Profiler(run_dir / "profile", config.log.profile_step)
+        # First of all a checkpoint, for an evaluation takes long.
+        self.hooks = [Hook(config.checkpoint.every_steps, self._save)]
+        for name in self.evaluators:
+            self.hooks.append(Hook(config.evaluators[name].every_steps, functools.partial(self._evaluate, name)))
+
     def train(self) -> None:
         """Takes the steps that are left."""
-        if self.step and self._is_due(self.config.eval.every_steps) and self.held_out and not self._is_evaluated():
-            self._evaluate()  # it left without that
+        self._make_up_for_evaluations()
         train_step = None
         while self.step < self.num_steps:
             batch, data_wait = self._next_batch()
             if train_step is None:
                 train_step, data_wait = self._compile(), 0.0
-            self.state, metrics = train_step(self.state, batch)
+            with jax.transfer_guard("disallow"):
+                self.state, metrics = self.profiler.take(self.step + 1, train_step, self.state, batch)
             # The last checkpoint is written while the run evaluates and takes this step. Before the step is told it is
             # whole: so a run that is killed, at any moment, repeats no more steps than lie between two checkpoints.
             self._wait_for_save()
@@ -159,45 +161,42 @@ class _Run:
             self._tell(self.meter.add(self.step, metrics, data_wait))
             if self.interruption.is_due(self.step):
                 self._leave()
-            # First of all, for an evaluation takes long.
-            if self._is_due(self.config.checkpoint.every_steps):
-                self._save()
-            if self._is_due(self.config.eval.every_steps) and self.held_out:
-                self._evaluate()
+            for hook in self.hooks:
+                if self._is_due(hook.every_steps):
+                    hook.call()
         self._wait_for_save()
 
-    def finish(self, tokenizer: Tokenizer, started: float) -> dict[str, Any]:
+    def finish(self, started: float) -> dict[str, Any]:
         """Writes summary.json and report.html.
 
         Args:
-          tokenizer: decodes sample readings.
           started: time.perf_counter() when the run was started.
         Returns:
           The summary.
         """
-        if self.evaluation is None and self.held_out:
-            self.evaluation = evaluate(self._forward, self.held_out, self.mesh)
-        with self.terminal.stage("reading sample images for the report"):
-            blank = evaluate(self._forward, self.held_out, self.mesh, are_images_blank=True) if self.held_out else {}
-            readings = self._read_samples()
-        records = read_records(self.run_dir / "metrics.jsonl")
-        summary = {
+        figures: dict[str, float] = {}
+        readings = []
+        with self.terminal.stage("making the report"):
+            for name, evaluator in self.evaluators.items():
+                measured = self.measured.get(name) or evaluator.measure(self.state)
+                more, shown = evaluator.finish(self.state)
+                figures |= _named(name, {**measured, **more})
+                readings += shown
+        records = read_records(self.run_dir / "metrics.jsonl") if processes.is_first() else []
+        summary: dict[str, Any] = {
             "steps": self.step,
-            "eval_loss": (self.evaluation or {}).get("loss"),
-            "eval_exact_match": (self.evaluation or {}).get("exact_match"),
-            "eval_exact_match_blank_images": blank.get("exact_match"),
-            **summarize(records),
+            **figures,
+            **processes.agree(lambda: summarize(records)),
             "compile_seconds": self.compile_seconds,
             "peak_rss_bytes": _peak_rss_bytes(),
             "wall_seconds": time.perf_counter() - started,
-            "eval_images": sum(len(items) for _, items in self.held_out),
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(self.state.model, nnx.Param))),
+            "parameters": _count(self.state.model),
             "data": read_counters(self.iterator),
         }
         if self.log is not None:
             self.log.close()
             # The report first: a summary says that the run is finished.
-            write_report(self.run_dir, self.config.name, summary, records, readings, tokenizer)
+            write_report(self.run_dir, self.config.name, summary, records, readings, list(self.evaluators))
             write_summary(self.run_dir, summary)
             for sentence in left_out_sentences(summary["data"]):
                 self.terminal.say(sentence)
@@ -222,18 +221,14 @@ class _Run:
         with self.terminal.stage("compiling the training step", "compiled the training step"):
             step = compile_step(self.program, self.config.data.batch_size)
         self.compile_seconds = time.perf_counter() - began
-        if self.held_out:
-            _ = self._eval_step
+        if self.evaluators:
+            with self.terminal.stage("compiling the evaluation", "compiled the evaluation"):
+                for evaluator in self.evaluators.values():
+                    evaluator.compile(self.state)
         else:
-            self.terminal.say("nothing is evaluated: no source of data.mixture holds documents back; see eval.source")
+            self.terminal.say("nothing is evaluated: no source of data.sources holds documents back")
         self.meter.restart()
         return step
-
-    @functools.cached_property
-    def _eval_step(self) -> Any:
-        batch = put_batch(self.held_out[0][0], self.mesh)
-        with self.terminal.stage("compiling the evaluation", "compiled the evaluation"):
-            return self.program.eval_step.lower(self.state.trained, self.state.frozen, batch).compile()
 
     def _is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0 or self.step == self.num_steps
@@ -261,7 +256,7 @@ class _Run:
             if is_number
             else "loss or its gradient is not a number"
         )
-        saved = self.checkpoints.latest_step
+        saved = self.interruption.saved_step
         from_there = (
             ""
             if saved is None
@@ -272,19 +267,24 @@ class _Run:
             f"optimizer.learning_rate={rate}{from_there}."
         )
 
-    def _is_evaluated(self) -> bool:
-        records = read_records(self.run_dir / "metrics.jsonl")
-        return any(record["step"] == self.step and "eval_loss" in record for record in records)
+    def _make_up_for_evaluations(self) -> None:
+        """Measures what was due at the step of the checkpoint, if the run left without that."""
+        if not self.step:
+            return
+        told = processes.agree(lambda: _told_at(self.run_dir, self.step))
+        for name in self.evaluators:
+            is_told = any(field.startswith(f"{name}_") for field in told)
+            if self._is_due(self.config.evaluators[name].every_steps) and not is_told:
+                self._evaluate(name)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, name: str) -> None:
         self._tell(self.meter.drain())
         with self.terminal.stage(f"evaluating step {self.step}"):
-            self.evaluation = evaluate(self._forward, self.held_out, self.mesh)
-        loss, exact_match = self.evaluation["loss"], self.evaluation["exact_match"]
+            self.measured[name] = measured = self.evaluators[name].measure(self.state)
         if self.log is not None:
-            self.log.write({"step": self.step, "eval_loss": loss, "eval_exact_match": exact_match})
-        share = "" if exact_match is None else f", {exact_match:.1%} of images read exactly"
-        self.terminal.say(f"step {self.step}: held-out loss {loss:.4f}{share}")
+            self.log.write({"step": self.step, **_named(name, measured)}, group=name)
+        told = ", ".join(f"{figure.replace('_', ' ')} {value:.4f}" for figure, value in measured.items())
+        self.terminal.say(f"step {self.step}: {name} {told}")
         self.meter.restart()
 
     def _save(self) -> None:
@@ -301,6 +301,10 @@ class _Run:
             self.interruption.saved_step, self.saving = self.saving, None
             self.interruption.has_unsaved = self.interruption.saved_step != self.step
 
+    def _leave_if_asked(self) -> None:
+        if self.interruption.signal is not None:
+            self._leave()
+
     def _leave(self) -> None:
         """Saves at once, for whoever sent the signal gives little time, and ends the process."""
         self._tell(self.meter.flush())
@@ -308,18 +312,6 @@ class _Run:
             self._save()
         self._wait_for_save()
         self.interruption.leave()
-
-    def _forward(self, batch: Batch) -> Any:
-        if self.interruption.signal is not None:
-            self._leave()
-        return self._eval_step(self.state.trained, self.state.frozen, batch)
-
-    def _read_samples(self) -> list[Reading]:
-        readings: list[Reading] = []
-        for batch, items in self.held_out:
-            if items and len(readings) < NUM_SAMPLES:
-                readings += read_greedily(self._forward, batch, items, self.mesh)
-        return readings[:NUM_SAMPLES]
 
 
 def _check_processes(mesh: Mesh) -> None:
@@ -329,6 +321,24 @@ def _check_processes(mesh: Mesh) -> None:
             f"mesh spreads the rows of a batch over {shards} devices (data, fsdp and expert): "
             f"it must be a multiple of the {jax.process_count()} processes, each of which reads its own rows."
         )
+
+
+def _named(evaluator: str, figures: Mapping[str, float]) -> dict[str, float]:
+    return {f"{evaluator}_{name}": value for name, value in figures.items()}
+
+
+def _parameters(state: nnx.State) -> list[tuple[tuple, Any]]:
+    return list(nnx.to_flat_state(nnx.filter_state(state, nnx.Param)))
+
+
+def _count(state: nnx.State) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
+
+
+def _told_at(run_dir: Path, step: int) -> list[str]:
+    """Fields of the records of a step."""
+    records = read_records(run_dir / "metrics.jsonl")
+    return sorted({field for record in records if record["step"] == step for field in record})
 
 
 def _summary_of_finished(run_dir: Path, latest_step: int | None, num_steps: int) -> dict[str, Any] | None:

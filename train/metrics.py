@@ -1,7 +1,8 @@
 """What a run measures while it goes on: metrics.jsonl always, TensorBoard if asked.
 
 metrics.jsonl holds one JSON object per line: at every logged step one of training, and at every evaluation one whose
-fields begin with "eval_". A resumed run drops the lines after the step it goes on from, so no step is told twice.
+fields begin with the evaluator's name. A resumed run drops the lines after the step it goes on from, so no step is told
+twice.
 """
 
 import collections
@@ -137,8 +138,8 @@ class MetricsLog:
 
             self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Adds one record, at once."""
+    def write(self, record: dict[str, Any], *, group: str = "train") -> None:
+        """Adds one record, at once; `group` is the evaluator that it is of, or "train"."""
         finite = {name: None if _is_not_a_number(value) else value for name, value in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
@@ -146,8 +147,7 @@ class MetricsLog:
             return
         for name, value in record.items():
             if isinstance(value, int | float) and name not in ("step", "steps"):
-                group = "eval" if name.startswith("eval_") else "train"
-                self._writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, record["step"])
+                self._writer.add_scalar(f"{group}/{name.removeprefix(f'{group}_')}", value, record["step"])
         if "expert_load" in record:
             load = np.array(record["expert_load"])
             self._writer.add_scalar("train/expert_load_max", float(load.max() * load.shape[-1]), record["step"])

@@ -1,63 +1,78 @@
-"""AdamW with warmup and cosine decay, and a learning rate for each group of parameters.
+"""AdamW with warmup and cosine decay, and groups of parameters that are trained in their own way.
 
 Conventions:
-- Groups: "vision" is the vision tower and the projection of its soft tokens; "embedding" is the table of tokens (tied
-  to the head) and the table of per-layer embeddings; "decoder" is everything else, but for the audio tower: no source
-  gives documents with sounds, so it could only decay, and is frozen.
-- A group whose learning-rate scale is 0 is frozen: it is no argument of the loss that is differentiated, counts in no
-  norm and has no optimizer state.
+- A group is a regular expression that matches the whole dotted path of a parameter; the first that matches decides. A
+  parameter in none is trained with the run's own settings.
+- What is frozen, by a learning-rate scale of 0 or because it is in a tower that no row has room for, is no argument of
+  the loss that is differentiated, counts in no norm and has no optimizer state.
 - Weight decay applies to matrices, embeddings among them, and never to norm scales and other vectors. What a
   parameter is, its own axes say: the leading axis of a scanned stack does not make a matrix of a vector.
 - Decay is decoupled and scaled by the learning rate of the group, as in optax.adamw.
 """
 
-from typing import Any, NamedTuple
+import re
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import jax
 import optax
 from flax import nnx
 
-GROUPS = ("vision", "embedding", "decoder")
-"""Groups of parameters with a learning rate of their own."""
-
-_EMBEDDING_TABLES = (("embedder", "table"), ("per_layer_embedder", "table"))
-
-
-def group_of(path: tuple) -> str | None:
-    """The group, one of GROUPS, of the parameter at a path of the model; None for one that is never trained."""
-    if path[0] in ("audio", "audio_projection"):
-        return None
-    if path[0] in ("vision", "image_projection"):
-        return "vision"
-    return "embedding" if path in _EMBEDDING_TABLES else "decoder"
+from gemma4_jax.errors import InputError
+from gemma4_jax.fields import nearest
+from gemma4_jax.run_config import GroupConfig, OptimizerConfig
 
 
-def split_trained(params: nnx.State, optimizer: Any) -> tuple[nnx.State, nnx.State]:
+def dotted(path: tuple) -> str:
+    """The path of a parameter as groups match it: decoder.blocks.0.attention.q.kernel."""
+    return ".".join(map(str, path))
+
+
+def group_of(path: tuple, groups: Iterable[GroupConfig]) -> GroupConfig | None:
+    """The first group that matches the path of a parameter, if any does."""
+    return next((group for group in groups if re.fullmatch(group.pattern, dotted(path))), None)
+
+
+def split_trained(
+    params: nnx.State, optimizer: OptimizerConfig, *, unreached: Collection[str]
+) -> tuple[nnx.State, nnx.State]:
     """Parts a model's parameters.
 
     Args:
       params: all of them, concrete or abstract.
-      optimizer: `config.optimizer` of the run.
+      optimizer: of the run.
+      unreached: modules of the model that no document of the run reaches.
     Returns:
-      (those that are trained, those of frozen groups).
+      (those that are trained, those that are frozen).
+    Raises:
+      InputError: a group matches no parameter, or nothing is trained.
     """
 
-    def is_trained(path: tuple, _: Any) -> bool:
-        group = group_of(path)
-        return group is not None and optimizer.learning_rate_scale[group] > 0
+    def is_trained(path: tuple, _: object) -> bool:
+        group = group_of(path, optimizer.groups)
+        return path[0] not in unreached and (group is None or group.learning_rate_scale > 0)
 
+    paths = [dotted(path) for path, _ in nnx.to_flat_state(params)]
+    for group in optimizer.groups:
+        if not any(re.fullmatch(group.pattern, path) for path in paths):
+            raise InputError(
+                f"optimizer.groups has {group.pattern!r}, which matches no parameter: it must match a whole dotted "
+                f"path, such as {nearest(group.pattern, paths)}."
+            )
     trained, frozen = nnx.split_state(params, is_trained, ...)
+    if not jax.tree.leaves(trained):
+        raise InputError("optimizer.groups freezes every parameter: leave at least one of them to be trained.")
     return trained, frozen
 
 
-def make_schedule(optimizer: Any, num_steps: int) -> optax.Schedule:
+def make_schedule(optimizer: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """The learning rate by number of steps already taken.
 
     Linear from nothing to the peak at step `warmup_steps`, then a cosine to its final fraction at step `num_steps`;
     steps count from 1, so that the first has a learning rate above 0.
 
     Args:
-      optimizer: `config.optimizer` of the run.
+      optimizer: of the run.
       num_steps: of the whole run.
     """
     schedule = optax.warmup_cosine_decay_schedule(
@@ -77,31 +92,33 @@ class Optimizer(NamedTuple):
     schedule: optax.Schedule
 
 
-def make_optimizer(optimizer: Any, num_steps: int) -> Optimizer:
+def make_optimizer(optimizer: OptimizerConfig, num_steps: int) -> Optimizer:
     """AdamW on the trained parameters, gradients first cut to a global norm over all of them.
 
     Args:
-      optimizer: `config.optimizer` of the run.
+      optimizer: of the run.
       num_steps: of the whole run.
     """
     schedule = make_schedule(optimizer, num_steps)
     transform = optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps),
-        optax.add_decayed_weights(optimizer.weight_decay, mask=decay_mask),
-        optax.stateless(lambda updates, params: _scale_groups(updates, optimizer.learning_rate_scale)),
+        optax.stateless(lambda updates, params: _as_groups_say(updates, params, optimizer)),
         optax.scale_by_learning_rate(schedule),
     )
     return Optimizer(transform, schedule)
 
 
-def decay_mask(params: nnx.State) -> nnx.State:
-    """For each parameter whether weight decay applies: it does where it has two axes or more of its own."""
-    return nnx.map_state(lambda _, param: param.replace(len(param.get_metadata()["axes"]) >= 2), params)
+def _as_groups_say(updates: nnx.State, params: nnx.State, optimizer: OptimizerConfig) -> nnx.State:
+    """Updates with the weight decay, and scaled by the learning rate, of each parameter's group."""
+    values = dict(nnx.to_flat_state(params))
 
+    def adjust(path: tuple, update: nnx.Variable) -> nnx.Variable:
+        group = group_of(path, optimizer.groups) or GroupConfig(pattern=".*")
+        decay = optimizer.weight_decay if group.weight_decay is None else group.weight_decay
+        value = update.get_value()
+        if len(update.get_metadata()["axes"]) >= 2:
+            value = value + decay * values[path].get_value()
+        return update.replace(value * group.learning_rate_scale)
 
-def _scale_groups(updates: nnx.State, scales: Any) -> nnx.State:
-    def scale(path: tuple, update: nnx.Variable) -> nnx.Variable:
-        return jax.tree.map(lambda value: value * scales[group_of(path)], update)
-
-    return nnx.map_state(scale, updates)
+    return nnx.map_state(adjust, updates)

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from gemma4_jax.batch import FIELDS, Batch
-from gemma4_jax.config import Gemma4Config
 from gemma4_jax.data.pack import RowShape
+from gemma4_jax.run_config import RunConfig, check_mesh
 from gemma4_jax.sharding import batch_sharding
+from gemma4_jax.train.objectives import Objective
 from gemma4_jax.train.objectives.sft import sft
 from gemma4_jax.train.optimizer import make_optimizer
 from gemma4_jax.train.state import TrainState, abstract_state, shardings_of
@@ -32,7 +32,7 @@ class Program:
       row: what a row of a batch has room for.
     """
 
-    config: ConfigDict
+    config: RunConfig
     mesh: Mesh
     graphdef: nnx.GraphDef
     state: TrainState
@@ -51,41 +51,52 @@ class Program:
         return Batch(**arrays)
 
 
-def resolve(config: ConfigDict, mesh: Mesh) -> ConfigDict:
-    """A run config with a value for every "auto" that depends on the platform of the mesh; kernels choose by shape."""
-    resolved = config.copy_and_resolve_references()
-    if config.train.compute_dtype == "auto":
-        resolved.train.compute_dtype = "float32" if platform_of(mesh) == "cpu" else "bfloat16"
-    return resolved
+def resolve(config: RunConfig, mesh: Mesh) -> RunConfig:
+    """A run config in which nothing is left to follow from the platform of the mesh, or from other fields.
+
+    Raises:
+      InputError: the batch does not spread evenly over the mesh.
+    """
+    resolved = config.resolved()
+    check_mesh(resolved, mesh.shape)
+    if config.train.compute_dtype != "auto":
+        return resolved
+    dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return dataclasses.replace(resolved, train=dataclasses.replace(resolved.train, compute_dtype=dtype))
 
 
-def platform_of(mesh: Mesh) -> str:
-    """Of the devices of a mesh: "cpu", "gpu" or "tpu"."""
-    return mesh.devices.flat[0].platform
-
-
-def make_program(config: ConfigDict, model_config: Gemma4Config, mesh: Mesh) -> Program:
+def make_program(config: RunConfig, mesh: Mesh, objective: Objective | None = None) -> Program:
     """What a run compiles; nothing is compiled yet.
 
     Args:
-      config: the run config.
-      model_config: the architecture that its section `model` describes.
+      config: of the run.
       mesh: of devices of this machine, or of described ones (`jax.experimental.topologies`).
+      objective: what is minimised; None is supervised training.
+    Raises:
+      InputError: the config is not possible for its model or the mesh.
     """
     config = resolve(config, mesh)
-    graphdef, state = abstract_state(model_config, config, mesh)
+    row = RowShape.from_config(config.data, config.model)
+    graphdef, state = abstract_state(config, mesh, unreached=unreached(row))
     shardings = shardings_of(state)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    objective = sft(config.train) if objective is None else objective
     steps = config.train.grad_accum_steps
     return Program(
         config,
         mesh,
         graphdef,
         state,
-        make_train_step(graphdef, sft(config.train), optimizer, shardings, microbatches=steps),
+        make_train_step(graphdef, objective, optimizer, shardings, microbatches=steps),
         make_eval_step(graphdef, shardings, chunk=config.train.loss_chunk),
-        RowShape.from_config(config.data, model_config),
+        row,
     )
+
+
+def unreached(row: RowShape) -> set[str]:
+    """Modules of the model that no document reaches, for a row has no room for what they read."""
+    images = () if row.patches else ("vision", "image_projection")
+    return {*images, *(() if row.frames else ("audio", "audio_projection"))}
 
 
 def compile_step(program: Program, batch_size: int) -> jax.stages.Compiled:

@@ -11,12 +11,14 @@ from gemma4_jax.data.figures import duration, memory, number
 from gemma4_jax.data.images import image_element
 from gemma4_jax.data.tally import LEFT_OUT
 from gemma4_jax.files import write_atomically
-from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.charts import heat_map, line_chart
-from gemma4_jax.train.evaluate import Reading
+from gemma4_jax.train.evaluators.answers import Reading
 
 _MAX_COLUMNS = 120
 """Columns of a heat map over steps, at most."""
+
+_MAX_QUESTION = 300
+"""Characters of a question that are shown, its last."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #111; }
@@ -68,7 +70,7 @@ def write_report(
     summary: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
     readings: Sequence[Reading],
-    tokenizer: Tokenizer,
+    evaluators: Sequence[str],
 ) -> None:
     """Writes report.html.
 
@@ -77,8 +79,8 @@ def write_report(
       name: of the run.
       summary: what summary.json holds.
       records: all of metrics.jsonl.
-      readings: sample images to show, with what the model reads in them.
-      tokenizer: decodes the readings.
+      readings: held-out questions to show, with what the model answers.
+      evaluators: names of those whose figures are in the records.
     """
     sources = summary.get("data", {})
     sections = [
@@ -87,28 +89,24 @@ def write_report(
         _table(summary),
         _data_table(sources),
         "<h2>Curves, by step</h2>",
-        *_curves(records),
+        *_curves(records, evaluators),
         *_expert_load(records),
     ]
     if readings:
-        figures = "".join(_figure(reading, tokenizer) for reading in readings)
-        sections.append(f'<h2>Held-out images, read by greedy decoding</h2><div class="samples">{figures}</div>')
+        figures = "".join(map(_figure, readings))
+        sections.append(f'<h2>Held-out questions, answered by greedy decoding</h2><div class="samples">{figures}</div>')
     head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{_STYLE}</style>'
     page = f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(sections)}</body></html>\n"
     write_atomically(run_dir / "report.html", page)
 
 
 _LABELS = {
-    "eval_loss": "held-out loss",
-    "eval_exact_match": "held-out images read exactly",
-    "eval_exact_match_blank_images": "read exactly with the images blanked",
     "step_seconds_median": "time of a step (median)",
     "data_wait_share": "waiting for data",
     "packing_efficiency": "places of a row that hold tokens",
     "compile_seconds": "compilation",
     "peak_rss_bytes": "host memory at its peak",
     "wall_seconds": "time of this start in all",
-    "eval_images": "held-out images",
 }
 """Figures of the summary whose own name, with spaces, would not be clear."""
 
@@ -128,10 +126,13 @@ _MANY_LEFT_OUT = 0.1
 def _table(summary: Mapping[str, Any]) -> str:
     shown = {name: value for name, value in summary.items() if value is not None and name != "data"}
     rows = "".join(
-        f"<tr><td>{html.escape(_LABELS.get(name, name.replace('_', ' ')))}</td><td>{_value(name, value)}</td></tr>"
-        for name, value in shown.items()
+        f"<tr><td>{html.escape(_label(name))}</td><td>{_value(name, value)}</td></tr>" for name, value in shown.items()
     )
     return f"<table>{rows}</table>"
+
+
+def _label(name: str) -> str:
+    return _LABELS.get(name, name.replace("_", " "))
 
 
 def _value(name: str, value: Any) -> str:
@@ -181,15 +182,19 @@ def _data_table(sources: Mapping[str, Mapping[str, int]]) -> str:
     return f"<h2>Training data</h2><table class='data'><tr>{heads}</tr>{''.join(rows)}</table>"
 
 
-def _curves(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _curves(records: Sequence[Mapping[str, Any]], evaluators: Sequence[str]) -> list[str]:
     def points(name: str, scale: float = 1) -> list[tuple[float, float]]:
         return [(record["step"], scale * record[name]) for record in records if record.get(name) is not None]
 
-    exact_match, padding = points("eval_exact_match", 100), points("padding_share", 100)
-
+    losses = {"train": points("loss")} | {name: points(f"{name}_loss") for name in evaluators}
+    shares = {name: points(f"{name}_exact_match", 100) for name in evaluators}
+    told = {f"{name}_loss" for name in evaluators} | {f"{name}_exact_match" for name in evaluators}
+    figures = sorted({field for record in records if "loss" not in record for field in record} - told - {"step"})
+    padding = points("padding_share", 100)
     return [
-        line_chart("Loss (nats per token)", {"train": points("loss"), "held out": points("eval_loss")}),
-        line_chart("Held-out images read exactly (%)", {"exact match": exact_match}, includes=(0, 100)),
+        line_chart("Loss (nats per token)", losses),
+        line_chart("Exact answers (%)", shares, includes=(0, 100)),
+        *(line_chart(_label(figure), {figure: points(figure)}) for figure in figures),
         line_chart("Learning rate", {"learning rate": points("learning_rate")}),
         line_chart("Gradient norm", {"gradient norm": points("grad_norm")}, includes=(0,)),
         line_chart("Tokens per second", {"tokens per second": points("tokens_per_second")}, includes=(0,)),
@@ -215,10 +220,12 @@ def _expert_load(records: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _figure(reading: Reading, tokenizer: Tokenizer) -> str:
+def _figure(reading: Reading) -> str:
     verdict = "right" if reading.is_right else "wrong"
-    read = html.escape(tokenizer.decode(reading.tokens)) or "(nothing)"
+    text = html.escape(reading.text) or "(nothing)"
+    shown = "" if reading.pixels is None else image_element(reading.pixels, "held-out image")
+    question = html.escape(reading.question[-_MAX_QUESTION:])
     return (
-        f'<figure class="{verdict}">{image_element(reading.item.pixels, "held-out image")}'
-        f"<figcaption>truth {html.escape(reading.item.text)}\nread  <b>{read}</b></figcaption></figure>"
+        f'<figure class="{verdict}">{shown}<figcaption>{question}\n'
+        f"truth {html.escape(reading.truth)}\nwrote <b>{text}</b></figcaption></figure>"
     )

@@ -6,6 +6,7 @@ checkpoints/, tensorboard/, report.html and summary.json; and, while a run goes 
 is needed to go on with it, or to export it, but its data.
 """
 
+import fnmatch
 import json
 import platform
 import shlex
@@ -20,19 +21,23 @@ from typing import Any
 import jax
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.fields import to_dict
 from gemma4_jax.files import local_path, write_atomically
 from gemma4_jax.hf.processor import CARRIED_FILES
 from gemma4_jax.hf.save import TOKENIZER
+from gemma4_jax.processes import agree, is_first, led_by_first
+from gemma4_jax.run_config import InitConfig, RunConfig
 from gemma4_jax.tokenizer import Tokenizer
 
 MAY_CHANGE = (
-    "run_dir", "name", "mesh", "data.sources", "data.max_left_out", "data.allow_changes", "train.num_steps",
-    "train.attention", "train.experts", "train.remat", "checkpoint", "eval", "log", "export",
+    "run_dir", "name", "mesh", "data.sources.*.path", "data.max_left_out", "data.allow_changes", "train.num_steps",
+    "train.attention", "train.experts", "train.remat", "checkpoint", "evaluators", "log", "export",
 )  # fmt: skip
 """Fields, and sections, that may differ from one start of a run to the next.
 
 They do not change what a step computes, but for train.num_steps: a run made longer follows the longer schedule from
-where it stands. Data is known by what it holds and not by its place: `train.fingerprints` compares data.sources.
+where it stands. Data is known by what it holds and not by its place: `train.fingerprints` compares it. Sources that
+nothing is drawn from may come and go.
 """
 
 SOURCES = ("tokenizer", "init.from_hf", "init.from_run")
@@ -42,14 +47,14 @@ PACKAGES = ("gemma4-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 """Packages whose versions are kept with a run."""
 
 
-def run_tokenizer(config: Any) -> Tokenizer:
+def run_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer of a run: the one that its directory carries, or, when it begins, the one that its config names.
 
     Raises:
       InputError: there is none, or the config names another one than the run was begun with.
     """
     carried = local_path(config.run_dir) / TOKENIZER
-    if not carried.is_file() or not (carried.parents[1] / "config.json").exists():
+    if not agree(lambda: carried.is_file() and (carried.parents[1] / "config.json").exists()):
         return Tokenizer.load(config.tokenizer)
     tokenizer = Tokenizer(carried.absolute())
     try:
@@ -64,11 +69,11 @@ def run_tokenizer(config: Any) -> Tokenizer:
     return tokenizer
 
 
-def open_run_dir(config: Any, tokenizer: Tokenizer) -> Path:
+def open_run_dir(config: RunConfig, tokenizer: Tokenizer) -> Path:
     """Makes the run directory if need be, and writes config.json, versions.json and the tokenizer into it.
 
     Args:
-      config: the resolved run config.
+      config: of the run.
       tokenizer: of `run_tokenizer`.
     Returns:
       Its absolute path.
@@ -76,19 +81,25 @@ def open_run_dir(config: Any, tokenizer: Tokenizer) -> Path:
       InputError: it cannot be written to, or holds a run of a different config.
     """
     run_dir = local_path(config.run_dir).absolute()
-    resolved = json.loads(json.dumps(config.to_dict()))
+    with led_by_first():
+        if is_first():
+            _write_run_dir(config, tokenizer, run_dir)
+    return run_dir
+
+
+def _write_run_dir(config: RunConfig, tokenizer: Tokenizer, run_dir: Path) -> None:
+    given = json.loads(json.dumps(to_dict(config)))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
             pass
         saved = run_dir / "config.json"
         if saved.exists():
-            _check_same_run(run_dir, json.loads(saved.read_text("utf-8")), resolved)
-        if jax.process_index() == 0:
-            if not saved.exists() or not (run_dir / TOKENIZER).is_file():
-                _carry_tokenizer(tokenizer, config.init, run_dir)
-            write_atomically(saved, json.dumps(resolved, indent=2) + "\n")
-            write_atomically(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
+            _check_same_run(run_dir, json.loads(saved.read_text("utf-8")), given)
+        if not saved.exists() or not (run_dir / TOKENIZER).is_file():
+            _carry_tokenizer(tokenizer, config.init, run_dir)
+        write_atomically(saved, json.dumps(given, indent=2) + "\n")
+        write_atomically(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"run_dir={config.run_dir!r} cannot be written to ({error.strerror}): give a folder that takes new files."
@@ -97,10 +108,9 @@ def open_run_dir(config: Any, tokenizer: Tokenizer) -> Path:
         raise InputError(
             f"run_dir={config.run_dir!r} holds a config.json that is not JSON ({error}): give another run_dir."
         ) from error
-    return run_dir
 
 
-def _carry_tokenizer(tokenizer: Tokenizer, init: Any, run_dir: Path) -> None:
+def _carry_tokenizer(tokenizer: Tokenizer, init: InitConfig, run_dir: Path) -> None:
     """Copies tokenizer.json, and what lies beside it or, with the same tokenizer, beside the weights to begin from."""
     content = tokenizer.path.read_bytes()
     folders = [tokenizer.path.parent]
@@ -122,13 +132,20 @@ def _carry_tokenizer(tokenizer: Tokenizer, init: Any, run_dir: Path) -> None:
 def _check_same_run(run_dir: Path, saved: Any, given: Mapping[str, Any]) -> None:
     if not isinstance(saved, Mapping):
         raise InputError(f"run_dir={str(run_dir)!r} holds a config.json that is not of a run: give another run_dir.")
-    old, new = _flatten(saved), _flatten(given)
+    if "evaluators" not in saved and "eval" in saved:
+        raise InputError(
+            f"run_dir={str(run_dir)!r} holds a run of an earlier version of this package: go on with that version, or "
+            f"begin another run_dir from the parameters of this run, with init.from_run={str(run_dir)!r}."
+        )
+    old, new = _flatten(_without_undrawn(saved)), _flatten(_without_undrawn(given))
     absent = object()
     differing = [
         f"{field} was {old.get(field)!r} and is now {new.get(field)!r}"
         for field in sorted(old.keys() | new.keys())
         if old.get(field, absent) != new.get(field, absent)
-        and not any(field == allowed or field.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+        and not any(
+            fnmatch.fnmatchcase(field, pattern) for allowed in MAY_CHANGE for pattern in (allowed, f"{allowed}.*")
+        )
         and not (field in SOURCES and _is_same_source(field, old.get(field), new.get(field), run_dir))
     ]
     if differing:
@@ -136,6 +153,15 @@ def _check_same_run(run_dir: Path, saved: Any, given: Mapping[str, Any]) -> None
             f"run_dir={str(run_dir)!r} holds a run of a different config ({'; '.join(differing)}): "
             "give another run_dir, or the same config to go on with that run."
         )
+
+
+def _without_undrawn(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the sources of weight 0, which training does not see."""
+    try:
+        sources = {name: source for name, source in config["data"]["sources"].items() if source["weight"]}
+        return {**config, "data": {**config["data"], "sources": sources}}
+    except (LookupError, TypeError, AttributeError):
+        return dict(config)
 
 
 def _is_same_source(field: str, old: Any, new: Any, run_dir: Path) -> bool:

@@ -1,6 +1,7 @@
 """`TrainState`: all that a run carries from step to step, made already spread over the mesh."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gemma4_jax.config import Gemma4Config
 from gemma4_jax.layers import Buffer
 from gemma4_jax.model import Gemma4
 from gemma4_jax.ops.policy import KernelPolicy
+from gemma4_jax.run_config import RunConfig
 from gemma4_jax.sharding import param_shardings
 from gemma4_jax.train.optimizer import make_optimizer, split_trained
 
@@ -26,7 +27,7 @@ class TrainState:
     Attributes:
       step: int32, optimizer steps taken.
       trained: the parameters that the optimizer changes.
-      frozen: those of frozen groups, and the buffers: what the model stores but never trains.
+      frozen: those that it does not, in train.frozen_dtype, and the buffers: what the model stores but never trains.
       opt_state: of the optimizer, for trained parameters.
     """
 
@@ -41,17 +42,22 @@ class TrainState:
         return nnx.merge_state(self.trained, self.frozen)
 
 
-def abstract_state(model_config: Gemma4Config, config: Any, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
+def abstract_state(config: RunConfig, mesh: Mesh, *, unreached: Collection[str]) -> tuple[nnx.GraphDef, TrainState]:
     """The model's structure, and a TrainState of jax.ShapeDtypeStructs that carry their shardings.
 
     Args:
-      model_config: the architecture.
-      config: the run config, of which nothing is "auto" that the platform decides (`program.resolve`).
+      config: of the run, resolved.
       mesh: the device mesh.
+      unreached: modules of the model that no document of the run reaches; they are frozen.
+    Raises:
+      InputError: the groups of parameters are not possible for this model.
     """
     policy = KernelPolicy(mesh.devices.flat[0].platform, config.train.attention, config.train.experts)
-    model = nnx.eval_shape(lambda: _build(model_config, config, jax.random.key(0), policy))
-    state = jax.eval_shape(lambda values: _start(values, config), nnx.state(model, (nnx.Param, Buffer)))
+    model = nnx.eval_shape(lambda: _build(config, jax.random.key(0), policy))
+    params, buffers = nnx.split_state(nnx.state(model, (nnx.Param, Buffer)), nnx.Param, Buffer)
+    trained, _ = split_trained(params, config.optimizer, unreached=unreached)
+    paths = {path for path, _ in nnx.to_flat_state(trained)}
+    state = jax.eval_shape(lambda values: _start(values, config, paths), nnx.merge_state(params, buffers))
     shardings = jax.tree.map(
         lambda node: param_shardings(node, mesh) if isinstance(node, nnx.State) else NamedSharding(mesh, P()),
         state,
@@ -62,24 +68,24 @@ def abstract_state(model_config: Gemma4Config, config: Any, mesh: Mesh) -> tuple
     )
 
 
-def create_state(
-    abstract: TrainState, model_config: Gemma4Config, config: Any, values: nnx.State | None = None
-) -> TrainState:
+def create_state(abstract: TrainState, config: RunConfig, values: nnx.State | None = None) -> TrainState:
     """The state of a run before its first step; each device makes its own shards and no other.
 
     Args:
       abstract: from `abstract_state`.
-      model_config: the architecture.
-      config: the run config; `seed` decides the parameters, whatever the mesh.
+      config: of the run, resolved; `seed` decides the parameters, whatever the mesh.
       values: parameters and buffers to begin from, in place of random ones. They are donated.
     """
+    paths = {path for path, _ in nnx.to_flat_state(abstract.trained)}
     if values is not None:
-        start = jax.jit(lambda values: _start(values, config), out_shardings=shardings_of(abstract), donate_argnums=0)
+        start = jax.jit(
+            lambda values: _start(values, config, paths), out_shardings=shardings_of(abstract), donate_argnums=0
+        )
         return start(values)
 
     def create() -> TrainState:
         key = jax.random.split(jax.random.key(config.seed))[0]
-        return _start(nnx.state(_build(model_config, config, key, KernelPolicy()), (nnx.Param, Buffer)), config)
+        return _start(nnx.state(_build(config, key, KernelPolicy()), (nnx.Param, Buffer)), config, paths)
 
     # Run once, so on CPU, where the compiler would take many times as long as the program, it is told not to try hard.
     sharding: Any = abstract.step.sharding
@@ -93,14 +99,15 @@ def shardings_of(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def _build(model_config: Gemma4Config, config: Any, key: jax.Array, policy: KernelPolicy) -> Gemma4:
+def _build(config: RunConfig, key: jax.Array, policy: KernelPolicy) -> Gemma4:
     dtype = jnp.dtype(config.train.compute_dtype)
-    return Gemma4(model_config, nnx.Rngs(params=key), dtype=dtype, remat=config.train.remat, kernels=policy)
+    return Gemma4(config.model, nnx.Rngs(params=key), dtype=dtype, remat=config.train.remat, kernels=policy)
 
 
-def _start(values: nnx.State, config: Any) -> TrainState:
-    params, buffers = nnx.split_state(values, nnx.Param, Buffer)
-    trained, frozen = split_trained(params, config.optimizer)
+def _start(values: nnx.State, config: RunConfig, trained_paths: Collection[tuple]) -> TrainState:
+    """A state before the first step, of a model's parameters and buffers."""
+    trained, frozen, buffers = nnx.split_state(values, lambda path, _: path in trained_paths, nnx.Param, ...)
+    frozen = jax.tree.map(lambda x: x.astype(config.train.frozen_dtype), frozen)
     transform = make_optimizer(config.optimizer, config.train.num_steps).transform
     return TrainState(
         step=jnp.zeros((), jnp.int32),

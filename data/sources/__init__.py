@@ -1,59 +1,84 @@
-"""Where documents come from: one file per format, and the table of their kinds.
+"""Where records come from: one file a format, imported when it is used, and the table of kinds."""
 
-A source is written KIND, or KIND:ARGUMENT, or KIND:ARGUMENT?OPTION=VALUE&OPTION=VALUE:
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-    digits                                                       handwritten numbers, shipped in this package
-    python                                                       the sources of Python's standard library
-    jsonl:data/train.jsonl                                       your own documents
-    tfds:mnist/train?image=image&prompt=digit: &text=label       a data set of TensorFlow Datasets
-"""
-
-from collections.abc import Callable
-from urllib.parse import parse_qsl
-
-from gemma4_jax.data.document import Source
-from gemma4_jax.data.sources.digits import DigitsSource
-from gemma4_jax.data.sources.jsonl import JsonlSource
-from gemma4_jax.data.sources.python_source import PythonSource
-from gemma4_jax.data.sources.tfds import TfdsSource
 from gemma4_jax.errors import InputError
 
-BUNDLED: dict[str, Callable[[str, int], Source]] = {
-    "digits": DigitsSource,
-    "python": lambda split, seed: PythonSource(split),
-}
-"""Kinds that need no argument, opened by split, "train" or "held_out", and seed; training sees nothing held out."""
 
-FORMATS: dict[str, type[JsonlSource] | type[TfdsSource]] = {"jsonl": JsonlSource, "tfds": TfdsSource}
-"""Kinds that read your data, opened by argument and options."""
+class Source(abc.ABC):
+    """Records by index, and nothing more: `data.tasks` says what becomes of one.
 
+    `source[i]` is the same record whenever and wherever it is asked for. Sources are pickled for worker processes.
 
-def open_source(spec: str, *, split: str = "train", seed: int = 0) -> Source:
-    """Opens the source that `spec` describes.
-
-    Args:
-      spec: as this module's page says.
-      split: "train", or "held_out" for a kind in `BUNDLED`.
-      seed: of kinds whose documents are made up as they are read.
-    Raises:
-      InputError: if there is no such kind, option or data, or it has no documents.
+    Attributes:
+      columns: what every record has, where that is known before one is read; None where it is not.
     """
-    kind, _, rest = spec.partition(":")
-    if kind in BUNDLED:
-        if rest:
-            raise InputError(f"The source {spec!r} takes no argument: write {kind!r}.")
-        return BUNDLED[kind](split, seed)
-    if kind not in FORMATS:
-        raise InputError(f"The source {spec!r} is of no known kind: the kinds are {', '.join([*BUNDLED, *FORMATS])}.")
-    if split != "train":
-        raise InputError(f"The source {spec!r} keeps no documents back: only {' and '.join(BUNDLED)} do.")
-    argument, _, query = rest.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    accepted = FORMATS[kind].OPTIONS
-    if not argument or not options.keys() <= set(accepted):
-        form = f"{kind}:NAME" + (f"?OPTION=VALUE with the options {', '.join(accepted)}" if accepted else "")
-        raise InputError(f"The source {spec!r} is not complete or has an unknown option: write it as {form}.")
-    source = FORMATS[kind](argument, **options)
-    if len(source) == 0:
-        raise InputError(f"The source {spec!r} has no documents: give it some, or leave it out of data.mixture.")
-    return source
+
+    columns: Sequence[str] | None = None
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """A record.
+
+        Raises:
+          InputError: it cannot be read; it is then counted, named and left out.
+        """
+
+    @abc.abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What the records are known by, wherever they lie: a JSON object that differs where they do.
+
+        A run that goes on compares it.
+        """
+
+    def name(self, index: int) -> str:
+        """What messages call a record."""
+        return f"record {index}"
+
+    def read_file(self, path: str, what: str) -> bytes:
+        """A file beside the records which one of them names.
+
+        Args:
+          path: as the record has it, not yet trusted.
+          what: it is, for messages.
+        Raises:
+          InputError: it cannot be read.
+        """
+        raise InputError(f"the {what} {path!r:.100} is a path, and this source has no files: give bytes or pixels.")
+
+
+def _digits(split: str, seed: int) -> Source:
+    from gemma4_jax.data.sources.digits import DigitsSource
+
+    return DigitsSource(split, seed)
+
+
+def _python(split: str) -> Source:
+    from gemma4_jax.data.sources.python_source import PythonSource
+
+    return PythonSource(split)
+
+
+def _jsonl(path: str) -> Source:
+    from gemma4_jax.data.sources.jsonl import JsonlSource
+
+    return JsonlSource(path)
+
+
+def _tfds(path: str, *, data_dir: str = "") -> Source:
+    from gemma4_jax.data.sources.tfds import TfdsSource
+
+    return TfdsSource(path, data_dir=data_dir)
+
+
+KINDS: dict[str, Callable[..., Source]] = {"digits": _digits, "python": _python, "jsonl": _jsonl, "tfds": _tfds}
+"""Kind -> what opens a source of it: a class or a function, whose parameters say what it takes.
+
+`path` is where the records are; `split` is "train" or "held_out", for a kind that holds documents back by itself;
+`seed` is of documents that are made up as they are read. Every other parameter is one of `data.sources.NAME.options`.
+"""

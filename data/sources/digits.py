@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from gemma4_jax.data.document import Document, Image, Text
+from gemma4_jax.data.sources import Source
 
 VERSION = 1
 """Of the documents: a change of this module that changes any of them counts it up."""
@@ -81,8 +81,8 @@ def compose(rng: np.random.Generator, scans: np.ndarray) -> np.ndarray:
     return (paper + (pen - paper) * ink).astype(np.uint8)
 
 
-class DigitsSource:
-    """Documents that show numbers and ask to read them.
+class DigitsSource(Source):
+    """Records of the task `segments` that show numbers and ask to read them.
 
     A training document holds one to four images, made of variants of scans; a held-out one a single image, made of
     scans that no training document shows. Document i depends on nothing but the split, the seed and i.
@@ -97,15 +97,12 @@ class DigitsSource:
         self._seed = seed
         self._scans, self._labels = load_scans(split)
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {"kind": "digits", "version": VERSION}
-
     def __len__(self) -> int:
         return 2**31 - 1  # without end; as many as a shuffle of 32 bits can address
 
-    def __getitem__(self, index: int) -> Document:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self._is_train, self._seed, index))
-        segments: list[Text | Image] = []
+        segments: list[dict[str, Any]] = []
         for _ in range(1 + rng.choice(MAX_IMAGES, p=_IMAGES_SHARES) if self._is_train else 1):
             chosen = rng.integers(len(self._labels), size=rng.integers(1, PLACES + 1))
             answer = "".join(map(str, self._labels[chosen])) + "\n"
@@ -113,5 +110,11 @@ class DigitsSource:
             scans = self._scans[chosen]
             if self._is_train:
                 scans = np.stack([vary(rng, scan) for scan in scans])
-            segments += [Text(question, loss=False), Image(compose(rng, scans)), Text(answer)]
-        return Document(tuple(segments), f"digits {index}")
+            segments += [{"text": question, "loss": False}, {"image": compose(rng, scans)}, {"text": answer}]
+        return {"segments": segments}
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"kind": "digits", "version": VERSION}
+
+    def name(self, index: int) -> str:
+        return f"digits {index}"

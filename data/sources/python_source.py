@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from gemma4_jax.data.document import Document, Text
+from gemma4_jax.data.sources import Source
 from gemma4_jax.errors import InputError
 
 MAX_CHARACTERS = 256
@@ -25,7 +25,7 @@ def standard_library_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in root.rglob("*.py") if _NOT_STANDARD_LIBRARY.isdisjoint(path.relative_to(root).parts)]
     if not files:
-        raise InputError(f"The source 'python' found no .py files in {root}: use a Python that carries its sources.")
+        raise InputError(f"There are no .py files in {root}: use a Python that carries its sources.")
     return sorted(files)
 
 
@@ -43,19 +43,20 @@ def split_lines(text: str, max_characters: int) -> list[str]:
 
 
 @functools.cache
-def _documents(is_train: bool) -> tuple[Document, ...]:
+def _pieces(is_train: bool) -> tuple[tuple[str, str], ...]:
+    """(name, text) of every document on one side."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    documents = []
+    named = []
     for path in standard_library_files():
         name = path.relative_to(root).as_posix()
         # The hash of its name decides, so a file stays on its side when others come and go.
         if (zlib.crc32(name.encode()) % 20 != 0) == is_train:
             pieces = split_lines(path.read_text("utf-8", errors="replace"), MAX_CHARACTERS)
-            documents += [Document((Text(piece),), f"{name} part {i}") for i, piece in enumerate(pieces)]
-    return tuple(documents)
+            named += [(f"{name} part {i}", piece) for i, piece in enumerate(pieces)]
+    return tuple(named)
 
 
-class PythonSource:
+class PythonSource(Source):
     """Standard-library sources, cut between lines into short documents; one file in twenty is held out.
 
     Args:
@@ -65,11 +66,14 @@ class PythonSource:
     def __init__(self, split: str) -> None:
         self._is_train = split == "train"
 
+    def __len__(self) -> int:
+        return len(_pieces(self._is_train))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"text": _pieces(self._is_train)[index][1]}
+
     def fingerprint(self) -> dict[str, Any]:
         return {"kind": "python", "python": platform.python_version(), "documents": len(self)}
 
-    def __len__(self) -> int:
-        return len(_documents(self._is_train))
-
-    def __getitem__(self, index: int) -> Document:
-        return _documents(self._is_train)[index]
+    def name(self, index: int) -> str:
+        return _pieces(self._is_train)[index][0]

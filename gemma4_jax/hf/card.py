@@ -14,7 +14,7 @@ BUNDLED_DATA = {
     "sheets of numbers",
     "python": "sources of Python's standard library, under the licence of Python (PSF-2.0)",
 }
-"""Source of a mixture -> what is to be said of it."""
+"""Kind of source -> what is to be said of it."""
 
 
 def model_card(
@@ -74,13 +74,19 @@ def _origin(training: Mapping[str, Any] | None) -> str:
     begin = "from random parameters"
     if source := init.get("from_hf") or init.get("from_run"):
         begin = f"from the weights of `{source}`"
-    mixture = training["data"].get("mixture", {})
-    total = sum(mixture.values())
-    shares = ", ".join(f"{name} ({share / total:.0%} of the documents)" for name, share in mixture.items())
+    weights = {name: source["weight"] for name, source in _sources(training).items()}
+    total = sum(weights.values())
+    shares = ", ".join(f"{name} ({weight / total:.0%} of the documents)" for name, weight in weights.items())
     return (
         f"Trained {begin}, for {train.get('num_steps')} steps on {shares}, in the run `{training.get('name')}`. "
         "What it can do is what that run taught it, and nobody has checked it for anything else."
     )
+
+
+def _sources(training: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The sources that a run draws from; none where that is not known."""
+    sources = training["data"].get("sources", {}) if training else {}
+    return {name: source for name, source in sources.items() if isinstance(source, Mapping) and source.get("weight")}
 
 
 def _loading(config: Mapping[str, Any]) -> str:
@@ -112,8 +118,8 @@ def _notes(config: Mapping[str, Any], file_names: Collection[str]) -> list[str]:
 
 
 def _licences(training: Mapping[str, Any] | None) -> str:
-    data = training["data"].get("mixture", {}) if training else {}
-    known = [f"- {name}: {BUNDLED_DATA[name]}." for name in data if name in BUNDLED_DATA]
+    kinds = {name: source.get("kind") for name, source in _sources(training).items()}
+    known = [f"- {name}: {BUNDLED_DATA[kind]}." for name, kind in kinds.items() if kind in BUNDLED_DATA]
     return "\n".join(
         [
             "The architecture is that of Gemma 4, which Google publishes under Apache-2.0, as is gemma4-jax. Weights",

@@ -10,16 +10,16 @@ from typing import Any
 import jax
 from flax import nnx
 
+from gemma4_jax.checkpoints.integrity import write_checksums
+from gemma4_jax.checkpoints.parameters import flatten_paths
+from gemma4_jax.checkpoints.streaming import StreamedArray, save_streamed
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import local_path
-from gemma4_jax.hf.integrity import write_checksums
 from gemma4_jax.hf.leftovers import beside, remove_leftovers
 from gemma4_jax.hf.load import Checkpoint, ParameterReader, write_carried
-from gemma4_jax.hf.names import flatten_paths
 from gemma4_jax.hf.pretrained import load_processor
 from gemma4_jax.hf.processor import CARRIED_FILES
 from gemma4_jax.hf.save import CARRIED, TOKENIZER, check_space, sync_folder, write_file
-from gemma4_jax.hf.streaming import StreamedArray, save_streamed
 from gemma4_jax.model import Gemma4
 
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from gemma4_jax.checkpoints.parameters import flatten_paths
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import local_path, refuse_lfs_pointer
@@ -28,7 +29,6 @@ from gemma4_jax.hf.names import (
     HEAD,
     Tensor,
     abbreviate,
-    flatten_paths,
     full_name,
     tensors,
     text_only_name,

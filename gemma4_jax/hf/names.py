@@ -12,7 +12,7 @@ Source: docs/gemma4.md section 6, and the state dict that transformers 5.23 buil
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -217,15 +217,6 @@ def text_only_name(name: str) -> str:
 def full_name(name: str) -> str:
     """The inverse of `text_only_name`."""
     return re.sub(r"^model\.", "model.language_model.", name)
-
-
-def flatten_paths(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings, such as an nnx.State, to {dotted path: leaf}."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat |= flatten_paths(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
-    return flat
 
 
 def abbreviate(names: Iterable[str]) -> list[str]:

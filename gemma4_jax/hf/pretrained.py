@@ -14,12 +14,12 @@ from gemma4_jax.config import Gemma4Config
 from gemma4_jax.data.processor import Processor
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import local_path
-from gemma4_jax.hf.agreement import led_by_first_process
 from gemma4_jax.hf.leftovers import beside
 from gemma4_jax.hf.load import Checkpoint, ParameterReader, load_state, read_json, write_carried
 from gemma4_jax.hf.processor import COMPUTED_PIXELS, FEATURES, processor_config
 from gemma4_jax.hf.save import STORED_AS, export_state
 from gemma4_jax.model import Gemma4
+from gemma4_jax.processes import led_by_first
 from gemma4_jax.sharding import param_shardings
 from gemma4_jax.tokenizer import NAMES, Tokenizer
 from gemma4_jax.vision.geometry import SOFT_TOKEN_BUDGETS
@@ -76,7 +76,7 @@ def save_hf(model: Gemma4, processor: Processor, path: str | Path, *, dtype: str
     carried = beside(path, "carried.safetensors")
     unused: list[str] = []
     try:
-        with led_by_first_process():
+        with led_by_first():
             if processor.source is not None and jax.process_index() == 0:
                 checkpoint = Checkpoint(processor.source)
                 if unused := checkpoint.unused(state):

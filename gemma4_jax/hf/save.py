@@ -17,18 +17,19 @@ import jax
 import numpy as np
 from flax import nnx
 
+from gemma4_jax.checkpoints.parameters import CheckpointParameters, Parameters, StateParameters
 from gemma4_jax.config import Gemma4Config, VisionConfig
 from gemma4_jax.errors import InputError
+from gemma4_jax.fields import parse
 from gemma4_jax.files import local_path
-from gemma4_jax.hf.agreement import led_by_first_process
 from gemma4_jax.hf.card import model_card
 from gemma4_jax.hf.config import from_hf, generation_config, is_text_only, to_hf
 from gemma4_jax.hf.leftovers import beside, remove_leftovers
 from gemma4_jax.hf.names import Tensor, tensors, text_only_name
-from gemma4_jax.hf.parameters import CheckpointParameters, Parameters, StateParameters
 from gemma4_jax.hf.processor import CARRIED_FILES, processor_config, to_json, tokenizer_files
 from gemma4_jax.hf.safetensors import DTYPES, OutgoingTensor, TensorFile, in_blocks, write_tensor_file
 from gemma4_jax.hf.source import carry_config, carry_image_processor, carry_processor, read_source
+from gemma4_jax.processes import led_by_first
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.vision.geometry import SOFT_TOKEN_BUDGETS
 
@@ -69,7 +70,7 @@ def export_run(
       InputError: there is no such run, or the folder cannot be made.
     """
     run_dir, out_dir, is_written = local_path(run_dir), local_path(out_dir), False
-    with led_by_first_process():
+    with led_by_first():
         if jax.process_index() == 0:
             config, model_config = _run_config(run_dir)
             parameters = CheckpointParameters(run_dir)
@@ -122,7 +123,7 @@ def export_state(
     """
     out_dir = local_path(out_dir)
     outgoing = _outgoing(StateParameters(state), model_config, dtype)  # raises in every process or in none
-    with led_by_first_process():
+    with led_by_first():
         if jax.process_index() == 0:
             remove_leftovers(out_dir)
             _export(
@@ -154,9 +155,9 @@ def _run_config(run_dir: Path) -> tuple[dict[str, Any], Gemma4Config]:
     if not is_whole or type(config["data"].get("soft_tokens_per_image")) is not int:
         raise InputError(f"{path} is not the config of a run.")
     try:
-        return config, Gemma4Config.from_dict(config["model"])
-    except (LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not the config of a run: its section model is of no model.") from error
+        return config, parse(Gemma4Config, config["model"], "model")
+    except InputError as error:
+        raise InputError(f"{path} is not the config of a run: {error}") from error
 
 
 def _run_tokenizer(run_dir: Path, name: str) -> Tokenizer:

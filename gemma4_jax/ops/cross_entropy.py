@@ -18,6 +18,7 @@ class Head(NamedTuple):
     cap: float
 
 
+@jax.named_scope("head")
 def vocabulary_logits(hidden: jax.Array, head: Head) -> jax.Array:
     """[..., D] hidden states -> [..., V] float32 logits, soft-capped."""
     table = head.table.astype(hidden.dtype)

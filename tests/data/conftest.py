@@ -1,9 +1,10 @@
 from types import SimpleNamespace
 
 import pytest
-from ml_collections import ConfigDict
 
 from gemma4_jax import sizes
+from gemma4_jax.fields import to_dict
+from gemma4_jax.run_config import RunConfig
 from gemma4_jax.tokenizer import Tokenizer
 
 
@@ -17,32 +18,18 @@ def model():
     return sizes.quickstart()
 
 
-@pytest.fixture
-def make_config():
-    """A function from changes of `config.data` to a run config, as far as the data pipeline reads it."""
+@pytest.fixture(scope="session")
+def make_config(model):
+    """A function from changes of `data` to a run config, resolved."""
 
-    def make(num_documents=20, eval_source="", **changes):
+    def make(**changes):
         data = {
-            "mixture": {"digits": 0.7, "python": 0.3},
-            "sources": {},
+            "sources": {"digits": {"kind": "digits", "weight": 0.7}, "python": {"kind": "python", "weight": 0.3}},
             "seq_len": 352,
             "images_per_row": 4,
-            "patches_per_row": 1120,
-            "soft_tokens_per_image": 70,
             "batch_size": 4,
-            "num_workers": 0,
-            "long_masked": "drop",
-            "max_left_out": 0.5,
-            "allow_changes": False,
-            "seed": 0,
         }
-        return ConfigDict(
-            {
-                "tokenizer": "bundled",
-                "data": data | changes,
-                "eval": {"source": eval_source, "num_documents": num_documents},
-            }
-        )
+        return RunConfig.from_dict({"model": to_dict(model), "data": data | changes}).resolved()
 
     return make
 

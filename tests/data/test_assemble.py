@@ -3,9 +3,9 @@ import pytest
 
 from gemma4_jax.data.assemble import assemble, packing_stats
 from gemma4_jax.data.document import Document, Image, Text
+from gemma4_jax.data.encode import Encoder
 from gemma4_jax.data.images import join_patches, resize_image
 from gemma4_jax.data.pack import RowShape
-from gemma4_jax.data.tokenize import DocumentTokenizer
 
 CELLS = {"patch_size": 4, "pooling_size": 2}
 
@@ -27,8 +27,8 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="module")
 def examples(tokenizer, model):
-    tokenize = DocumentTokenizer(tokenizer, model.vision, 70)
-    return [[tokenize(document) for document in row] for row in DOCUMENTS]
+    encode = Encoder(tokenizer, model.vision, 70)
+    return [[encode(document) for document in row] for row in DOCUMENTS]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_stats_say_how_full_it_is(batch, examples):
 
 
 def test_text_alone_needs_no_patches(tokenizer):
-    example = DocumentTokenizer(tokenizer, None, 70)(Document((Text("x = 1\n"),), "text"))
+    example = Encoder(tokenizer, None, 70)(Document((Text("x = 1\n"),), "text"))
     batch = assemble([[example]], RowShape(16, 0, 0, 48), tokenizer.tokens)
     assert batch.patches.shape == (1, 0, 48)
     assert packing_stats(batch)["patch_padding"] == 0

@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
 
-from gemma4_jax.data.document import Image, Text
 from gemma4_jax.data.images import resize_image
 from gemma4_jax.data.sources.digits import PLACES, QUESTIONS, SCAN, SHEETS, DigitsSource, compose, load_scans, vary
 
 
-def images_of(document):
-    return [segment.content for segment in document.segments if isinstance(segment, Image)]
+def images_of(record):
+    return [segment["image"] for segment in record["segments"] if "image" in segment]
 
 
 def test_every_scan_is_on_one_side_of_the_split():
@@ -38,7 +37,7 @@ def test_variants_look_like_their_scan():
 
 def test_a_document_depends_on_split_seed_and_index_alone():
     def fingerprint(source, index):
-        return [s.text if isinstance(s, Text) else s.content.tobytes() for s in source[index].segments]
+        return [s["text"] if "text" in s else s["image"].tobytes() for s in source[index]["segments"]]
 
     source = DigitsSource("train", seed=3)
     fingerprint(source, 5)
@@ -52,17 +51,17 @@ def test_documents_ask_and_answer(split, most_images):
     source = DigitsSource(split, seed=0)
     counts, lengths = set(), set()
     for index in range(400):
-        segments = source[index].segments
+        segments = source[index]["segments"]
         assert len(segments) % 3 == 0
         counts.add(len(segments) // 3)
         for question, image, answer in zip(segments[::3], segments[1::3], segments[2::3], strict=True):
-            assert image.content.dtype == np.uint8
-            assert question.text in QUESTIONS
-            assert not question.loss
-            assert answer.loss
-            assert answer.text[:-1].isdigit()
-            assert answer.text[-1] == "\n"
-            lengths.add(len(answer.text) - 1)
+            assert image["image"].dtype == np.uint8
+            assert question["text"] in QUESTIONS
+            assert question["loss"] is False
+            assert answer.keys() == {"text"}
+            assert answer["text"][:-1].isdigit()
+            assert answer["text"][-1] == "\n"
+            lengths.add(len(answer["text"]) - 1)
     assert counts == set(range(1, most_images + 1))
     assert lengths == set(range(1, PLACES + 1))
 
@@ -99,7 +98,7 @@ def test_sheets_have_many_shapes_and_their_shape_tells_nothing():
         rows, columns = (side // SCAN for side in resized(image).shape[:2])
         grids.add((rows, columns))
         ratios.append(width / height)
-        lengths.append(len(source[index].segments[2].text))
+        lengths.append(len(source[index]["segments"][2]["text"]))
     assert grids == {(lines, columns) for lines, columns, _ in SHEETS}
     assert min(ratios) < 1
     assert max(ratios) > 20

@@ -12,9 +12,10 @@ import pytest
 
 from gemma4_jax import sizes
 from gemma4_jax.data.document import Image
+from gemma4_jax.data.encode import Encoder
 from gemma4_jax.data.images import read_pixels
-from gemma4_jax.data.tokenize import image_patches
 from gemma4_jax.errors import InputError
+from gemma4_jax.tokenizer import Tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs" / "images.md"
 
@@ -236,14 +237,14 @@ def test_a_pillow_image_is_left_as_it_is():
 
 
 def test_an_error_names_the_file_and_no_object():
-    vision = sizes.quickstart().vision
+    encoder = Encoder(Tokenizer.load("bundled"), sizes.quickstart().vision, 70)
     broken = {b"<html>": "it is damaged or of another format", FORMS["PNG, RGB"].data[:-40]: "image file is truncated"}
     for data, reason in broken.items():
         with pytest.raises(InputError, match=f"^cat.png: an image cannot be decoded .{reason}") as error:
-            image_patches(Image(data, name="cat.png"), vision, 70)
+            encoder.read_image(Image(data, name="cat.png"))
         assert "0x" not in str(error.value)
     with pytest.raises(InputError, match=r"^cat.png: max_soft_tokens=0 of an image must be one of 70\."):
-        image_patches(Image(RGB, 0, "cat.png"), vision, 70)
+        encoder.read_image(Image(RGB, 0, "cat.png"))
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -5,9 +5,9 @@ import grain
 import numpy as np
 import pytest
 
+from gemma4_jax.data.encode import Example, Unreadable
 from gemma4_jax.data.images import ImagePatches
 from gemma4_jax.data.pack import LOOKAHEAD, PackIterDataset, RowShape, Rules, size_of
-from gemma4_jax.data.tokenize import Example, Unreadable
 from gemma4_jax.errors import InputError
 
 SHAPE = RowShape(tokens=50, images=3, patches=80, patch_dim=12)
@@ -54,7 +54,7 @@ def test_every_example_is_packed_once_and_every_row_holds():
     rows = list(packing(examples))
     assert sorted(example.name for row in rows for example in row) == sorted(example.name for example in examples)
     for row in rows:
-        tokens, images, patches = np.sum([size_of(example) for example in row], axis=0)
+        tokens, images, patches, _ = np.sum([size_of(example) for example in row], axis=0)
         assert tokens <= SHAPE.tokens
         assert images <= SHAPE.images
         assert patches <= SHAPE.patches
@@ -93,6 +93,14 @@ def test_images_that_do_not_fit_are_dropped_and_counted(unfit):
     rows = list(iterator)
     assert [[example.name for example in row] for row in rows] == [["image"]]
     assert counts(iterator) == {"read": 3, "documents": 1, "images": 2, "dropped": 1, "unreadable": 1}
+
+
+def test_sounds_are_dropped_by_rows_that_have_no_room_for_them(caplog):
+    heard = dataclasses.replace(text_example(10, "heard"), sounds=(np.zeros((20, 8), np.float32),))
+    assert [row[0].name for row in packing([heard, text_example(50)])] == ["text"]
+    assert "heard: 10 tokens, 0 images and 0 patches, with 24 frames of sounds, do not fit" in caplog.text
+    ((example,),) = packing([heard], dataclasses.replace(SHAPE, frames=24, mel_bins=8))
+    assert example.name == "heard"
 
 
 def test_text_with_a_masked_part_is_never_split():
@@ -203,11 +211,9 @@ def test_the_state_does_not_grow_with_the_pieces_of_a_text():
 
 IMPOSSIBLE = {
     "seq_len=73 is shorter than one image": {"seq_len": 73},
-    "seq_len=1 is not possible": {"seq_len": 1},
     "seq_len=4096 is not possible": {"seq_len": 4096},
     "patches_per_row=276 is not possible.*at least 280": {"patches_per_row": 276},
     "patches_per_row=1122 is not possible.*multiple of 4": {"patches_per_row": 1122},
-    "soft_tokens_per_image=100 is not possible": {"soft_tokens_per_image": 100},
     "num_positions=512": {"soft_tokens_per_image": 280, "seq_len": 2048, "patches_per_row": 1120},
 }
 

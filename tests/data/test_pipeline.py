@@ -9,23 +9,23 @@ import orbax.checkpoint as ocp
 import PIL.Image
 import pytest
 
+from gemma4_jax.data.documents import open_documents
+from gemma4_jax.data.encode import Encoder
 from gemma4_jax.data.iterator import read_counters
 from gemma4_jax.data.mixture import ROUND, Turns, mix_sources, open_sources
-from gemma4_jax.data.pipeline import eval_batches, eval_source, make_train_iterator
-from gemma4_jax.data.sources import open_source
+from gemma4_jax.data.pipeline import held_out_rows, held_out_source, make_train_iterator
 from gemma4_jax.data.sources.digits import DigitsSource
 from gemma4_jax.data.tally import MAX_NAMED
-from gemma4_jax.data.tokenize import DocumentTokenizer
 from gemma4_jax.errors import InputError
 from gemma4_jax.sizes import e2b
 
 
 @pytest.fixture
-def make_iterator(make_config, model, tokenizer):
+def make_iterator(make_config, tokenizer):
     iterators = []
 
     def make(config=None, **process):
-        iterators.append(make_train_iterator(config or make_config(), model, tokenizer, **process))
+        iterators.append(make_train_iterator(config or make_config(), tokenizer, **process))
         return iterators[-1]
 
     yield make
@@ -39,7 +39,7 @@ def assert_equal(a, b):
 
 def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return f"jsonl:{path}"
+    return {"mine": {"path": str(path)}}
 
 
 def first_texts(iterator, tokenizer, num_batches):
@@ -104,9 +104,7 @@ def test_orbax_saves_and_restores_it(make_iterator, tmp_path):
 
 def test_processes_share_the_documents_out(make_iterator, make_config, tokenizer, tmp_path):
     texts = [f"document {i}" for i in range(256)]
-    config = make_config(
-        mixture={"mine": 1.0}, sources={"mine": write_jsonl(tmp_path / "mine.jsonl", texts)}, seq_len=80
-    )
+    config = make_config(sources=write_jsonl(tmp_path / "mine.jsonl", texts), seq_len=80)
     halves = []
     for process in range(2):
         iterator = make_iterator(config, process_index=process, process_count=2)
@@ -120,14 +118,14 @@ def test_processes_share_the_documents_out(make_iterator, make_config, tokenizer
 
 def test_every_document_comes_once_in_an_epoch(make_config, tokenizer, model, tmp_path):
     texts = [f"document {i}" for i in range(100)]
-    config = make_config(mixture={"mine": 1.0}, sources={"mine": write_jsonl(tmp_path / "mine.jsonl", texts)})
-    tokenize = DocumentTokenizer(tokenizer, model.vision, 70)
-    mixed = mix_sources(config.data, open_sources(config.data), tokenize)
+    config = make_config(sources=write_jsonl(tmp_path / "mine.jsonl", texts))
+    encode = Encoder(tokenizer, model.vision, 70)
+    mixed = mix_sources(config.data, open_sources(config.data), encode)
     epochs = [[mixed[i].name for i in range(start, start + 100)] for start in range(0, 1000, 100)]
     assert all(len(set(epoch)) == 100 for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 10
-    config.data.seed = 1
-    other = mix_sources(config.data, open_sources(config.data), tokenize)
+    data = dataclasses.replace(config.data, seed=1)
+    other = mix_sources(data, open_sources(data), encode)
     assert [other[i].name for i in range(100)] not in epochs
 
 
@@ -146,9 +144,9 @@ def test_turns_keep_the_proportions_in_every_shard_and_read_each_source_in_order
 
 
 def test_training_never_sees_what_is_held_out(make_config, tokenizer, model):
-    data = make_config(mixture={"python": 1.0}).data
-    mixed = mix_sources(data, open_sources(data), DocumentTokenizer(tokenizer, model.vision, 70))
-    source = open_source("python", split="held_out")
+    data = make_config(sources={"python": {"kind": "python"}}).data
+    mixed = mix_sources(data, open_sources(data), Encoder(tokenizer, model.vision, 70))
+    source = open_documents(data.sources["python"], split="held_out")
     held_out = {source[i].name.split(" part ")[0] for i in range(len(source))}
     assert held_out
     assert held_out.isdisjoint(mixed[i].name.split(" part ")[0] for i in range(5000))
@@ -156,9 +154,7 @@ def test_training_never_sees_what_is_held_out(make_config, tokenizer, model):
 
 def test_long_text_is_split_and_counted_across_a_resume(make_iterator, make_config, tokenizer, tmp_path):
     texts = ["x = 1\n" * 100, "short\n"]
-    config = make_config(
-        mixture={"mine": 1.0}, sources={"mine": write_jsonl(tmp_path / "mine.jsonl", texts)}, seq_len=100
-    )
+    config = make_config(sources=write_jsonl(tmp_path / "mine.jsonl", texts), seq_len=100)
     iterator = make_iterator(config)
     for _ in range(5):
         next(iterator)
@@ -174,7 +170,7 @@ def test_unreadable_records_are_skipped_counted_and_named(make_iterator, make_co
     path = tmp_path / "mine.jsonl"
     good, missing = '{"text": "good"}\n', '{"segments": [{"image": "missing.png"}]}\n'
     path.write_text((good + good + missing) * 50)
-    iterator = make_iterator(make_config(mixture={"mine": 1.0}, sources={"mine": f"jsonl:{path}"}, seq_len=80))
+    iterator = make_iterator(make_config(sources={"mine": {"path": str(path)}}, seq_len=80))
     assert set(first_texts(iterator, tokenizer, 2)) == {"good"}
     assert read_counters(iterator)["mine"]["unreadable"] > 0
     assert re.search(r"mine\.jsonl line \d+: the image 'missing\.png' is missing", caplog.text)
@@ -185,7 +181,7 @@ def test_data_without_a_readable_record_is_an_error(make_iterator, make_config, 
     path = tmp_path / "mine.jsonl"
     path.write_text("not json\n")
     with pytest.raises(InputError, match=r"mine\.jsonl line 1"):
-        next(make_iterator(make_config(mixture={"mine": 1.0}, sources={"mine": f"jsonl:{path}"})))
+        next(make_iterator(make_config(sources={"mine": {"path": str(path)}})))
 
 
 BAD_STATES = [[], None, {}, {"parent": {}, "waiting": [], "counters": {}}, {"format": 2, "num_workers": 0}]
@@ -216,7 +212,7 @@ def test_a_missing_image_of_a_waiting_document_is_named_at_resume(make_iterator,
     path = tmp_path / "mine.jsonl"
     lines = [{"segments": [{"image": f"{i}.png"}, {"text": "red\n"}]} for i in range(40)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = make_config(mixture={"mine": 1.0}, sources={"mine": f"jsonl:{path}"}, batch_size=1)
+    config = make_config(sources={"mine": {"path": str(path)}}, batch_size=1)
     iterator = make_iterator(config)
     next(iterator)
     state = iterator.get_state()
@@ -225,38 +221,26 @@ def test_a_missing_image_of_a_waiting_document_is_named_at_resume(make_iterator,
     named = r"'mine'.*mine\.jsonl line \d+: the image '\d+\.png' is missing.*allow_changes=true"
     with pytest.raises(InputError, match=named):
         make_iterator(config).set_state(state)
-    config.data.allow_changes = True
-    resumed = make_iterator(config)
+    resumed = make_iterator(dataclasses.replace(config, data=dataclasses.replace(config.data, allow_changes=True)))
     resumed.set_state(state)
     next(resumed)
     assert read_counters(resumed)["mine"]["unreadable"] > 0
 
 
-IMPOSSIBLE = {
-    r"batch_size=3 must be a multiple of the 2 processes": {"batch_size": 3},
-    r"mixture=\{\} is not possible": {"mixture": {}},
-    r"mixture=.* is not possible: .* at least one source": {"mixture": {"digits": 0.0}},
-    r"mixture=.* is not possible: .* none a weight below 0": {"mixture": {"digits": 1.0, "python": -1.0}},
-    r"seed=-1 is not possible": {"seed": -1},
-    r"'nothing' is of no known kind: the kinds are digits, python, jsonl, tfds": {"mixture": {"nothing": 1.0}},
-}
-
-
-@pytest.mark.parametrize("message", IMPOSSIBLE)
-def test_an_impossible_config_is_refused(make_iterator, make_config, message):
-    with pytest.raises(InputError, match=message):
-        make_iterator(make_config(**IMPOSSIBLE[message]), process_count=2)
+def test_rows_that_do_not_divide_among_processes_are_refused(make_iterator, make_config):
+    with pytest.raises(InputError, match=r"batch_size=3 is not possible.* a multiple of the 2 processes"):
+        make_iterator(make_config(batch_size=3), process_count=2)
 
 
 def test_a_tokenizer_of_another_model_is_refused(make_config, tokenizer):
     with pytest.raises(InputError, match="does not belong to the model"):
-        make_train_iterator(make_config(), e2b(), tokenizer)
+        make_train_iterator(dataclasses.replace(make_config(), model=e2b()), tokenizer)
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(make_config, model, tokenizer):
     small = dataclasses.replace(model, text=dataclasses.replace(model.text, vocab_size=512))
     with pytest.raises(InputError, match=r"vocab_size=512 is too small.*1024 tokens"):
-        make_train_iterator(make_config(), small, tokenizer)
+        make_train_iterator(dataclasses.replace(make_config(), model=small), tokenizer)
 
 
 def test_worker_processes_give_every_document_and_resume(make_iterator, make_config):
@@ -272,44 +256,54 @@ def test_worker_processes_give_every_document_and_resume(make_iterator, make_con
         assert_equal(next(resumed), batch)
 
 
-def test_evaluation_asks_for_every_held_out_image(make_config, model, tokenizer, rows_of):
-    batches = eval_batches(make_config(num_documents=30), model, tokenizer, 3)
-    items = [item for _, batch_items in batches for item in batch_items]
-    assert len(items) == 30
-    for batch, batch_items in batches:
-        assert batch.tokens.shape == (3, 352)
-        rows = rows_of(batch)
-        for item in batch_items:
-            row = rows[item.row]
-            assert tokenizer.decode(row.tokens[item.start : item.stop].tolist()) == item.text + "\n"
-            assert np.all(row.loss_weights[item.start - 1 : item.stop - 1] == 1)
-            assert row.loss_weights[item.start - 2] == 0
-            segment = row.segment_ids[item.start]
-            assert row.tokens[row.segment_ids == segment][0] == tokenizer.tokens.bos
-            assert row.segment_ids[item.stop] == segment
-            image = row.image_ids[row.segment_ids == segment].max()
-            assert item.pixels.size == row.patches[row.patch_image_ids == image].size
-    source = DigitsSource("held_out", seed=0)
-    assert sorted(item.text for item in items) == sorted(source[i].segments[2].text[:-1] for i in range(30))
+def texts_of(rows, tokenizer):
+    return [tokenizer.decode(example.tokens.tolist()) for row in rows for example in row]
 
 
-def test_evaluation_of_text_has_no_items(make_config, model, tokenizer):
-    batches = eval_batches(make_config(num_documents=30, eval_source="python"), model, tokenizer, 4)
-    assert batches
-    assert all(items == [] for _, items in batches)
-    assert sum(batch.segment_ids.max(axis=1).sum() for batch, _ in batches) >= 30
+def test_held_out_rows_hold_the_first_documents_held_back(make_config, tokenizer):
+    rows = held_out_rows(make_config(seed=5), tokenizer, "digits", 30)
+    source = DigitsSource("held_out", seed=0)  # whatever the seed of training
+    answers = [source[i]["segments"][2]["text"] for i in range(30)]
+    given = {example.name: example for row in rows for example in row}
+    assert given.keys() == {f"digits {i}" for i in range(30)}
+    for i, answer in enumerate(answers):
+        example = given[f"digits {i}"]
+        assert tokenizer.decode(example.tokens[example.carries_loss].tolist()) == answer + "<eos>"
 
 
-def test_what_is_evaluated_on(make_config):
-    both = {"mine": 1.0, "digits": 1.0, "python": 1.0}
-    assert eval_source(make_config(mixture=both, sources={"mine": "jsonl:x.jsonl"})) == "digits"
-    assert eval_source(make_config(mixture={"mine": 1.0}, sources={"mine": "jsonl:x.jsonl"})) is None
-    assert eval_source(make_config(mixture=both, eval_source="python")) == "python"
+def test_the_source_to_evaluate_on_is_the_first_that_holds_documents_back(make_config):
+    mine, digits, python = {"path": "x.jsonl"}, {"kind": "digits"}, {"kind": "python"}
+    for sources, expected in [
+        ({"python": python, "mine": mine, "digits": digits}, "digits"),
+        ({"mine": mine, "python": python, "digits": digits | {"weight": 0}}, "python"),
+        ({"mine": mine}, None),
+        ({"python": python, "mine": mine | {"held_out": 0.1}}, "mine"),
+    ]:
+        assert held_out_source(make_config(sources=sources).data) == expected
 
 
-def test_evaluation_reads_documents_of_your_own(make_config, model, tokenizer, tmp_path):
-    (tmp_path / "held_out.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    sources = {"held_out": f"jsonl:{tmp_path}/held_out.jsonl"}
-    ((batch, items),) = eval_batches(make_config(sources=sources, eval_source="held_out"), model, tokenizer, 1)
-    assert (batch.segment_ids.max(), items) == (2, [])
-    assert eval_batches(make_config(mixture={"held_out": 1.0}, sources=sources), model, tokenizer, 1) == []
+def test_a_source_of_weight_0_is_read_whole(make_config, tokenizer, tmp_path):
+    (source,) = write_jsonl(tmp_path / "rest.jsonl", [f"document {i}" for i in range(20)]).values()
+    config = make_config(sources={"digits": {"kind": "digits"}, "rest": source | {"weight": 0}})
+    rows = held_out_rows(config, tokenizer, "rest", 1000)
+    assert set(texts_of(rows, tokenizer)) == {f"<bos>document {i}<eos>" for i in range(20)}
+    with pytest.raises(InputError, match=r"data\.sources\.mine holds no documents back: give it a share in .*held_out"):
+        held_out_rows(make_config(sources={"mine": source}), tokenizer, "mine", 10)
+
+
+def test_a_share_held_out_is_never_trained_on(make_iterator, make_config, tokenizer, tmp_path):
+    sources = write_jsonl(tmp_path / "mine.jsonl", [f"document {i}" for i in range(60)])
+    sources["mine"]["held_out"] = 0.3
+    config = make_config(sources=sources)
+    held_out = {text[5:-5] for text in texts_of(held_out_rows(config, tokenizer, "mine", 1000), tokenizer)}
+    trained = set(first_texts(make_iterator(config), tokenizer, 12))
+    assert len(held_out) > 5
+    assert held_out.isdisjoint(trained)
+    assert len(held_out | trained) == 60
+
+
+def test_held_out_documents_of_which_none_can_be_used_are_an_error(make_config, tokenizer, tmp_path):
+    (tmp_path / "rest.jsonl").write_text("not json\n")
+    sources = {"digits": {"kind": "digits"}, "rest": {"path": f"{tmp_path}/rest.jsonl", "weight": 0}}
+    with pytest.raises(InputError, match="None of the first 10 held-out documents of 'rest' can be used"):
+        held_out_rows(make_config(sources=sources, max_left_out=0.9), tokenizer, "rest", 10)

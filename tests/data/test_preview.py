@@ -9,10 +9,10 @@ import pytest
 
 from gemma4_jax.data.assemble import assemble
 from gemma4_jax.data.document import Document, Image, Text
+from gemma4_jax.data.encode import Encoder
 from gemma4_jax.data.images import resize_image
 from gemma4_jax.data.pack import RowShape
 from gemma4_jax.data.preview import preview, preview_html
-from gemma4_jax.data.tokenize import DocumentTokenizer
 from gemma4_jax.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
@@ -21,12 +21,12 @@ TALL = PIXELS.transpose(1, 0, 2)
 
 @pytest.fixture(scope="module")
 def batch(tokenizer, model):
-    tokenize = DocumentTokenizer(tokenizer, model.vision, 70)
+    encode = Encoder(tokenizer, model.vision, 70)
     documents = [
         Document((Image(PIXELS), Text("q? ", loss=False), Text("<script>alert('x')</script>\n"), Image(TALL)), "a"),
         Document((Text("plain & simple"),), "b"),
     ]
-    return assemble([[tokenize(document) for document in documents], []], RowShape(352, 4, 1120, 48), tokenizer.tokens)
+    return assemble([[encode(document) for document in documents], []], RowShape(352, 4, 1120, 48), tokenizer.tokens)
 
 
 def pictures(page):
@@ -64,19 +64,38 @@ def test_rows_stop_at_the_most_that_are_shown(batch, tokenizer, model):
     assert page.count("<section>") == 3
 
 
-def test_a_config_is_previewed_into_a_file(make_config, model, tmp_path):
+def test_a_config_is_previewed_into_a_file(make_config, tmp_path):
     path = tmp_path / "page.html"
     path.write_text("old")
-    preview(make_config(), model, path)
+    preview(make_config(), path)
     assert path.read_text("utf-8").startswith("<!doctype html>")
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_documents_left_out_are_listed_with_the_reason(make_config, model, tmp_path):
+TASKS = {
+    "segments": {"segments": [{"image": "a.png"}, {"text": "what? ", "loss": False}, {"text": "a cat"}]},
+    "text": {"text": "a cat", "id": 3},
+    "caption": {"image": "a.png", "prompt": "what? ", "text": "a cat"},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_documents_of_every_task_are_previewed(make_config, tmp_path, task):
+    PIL.Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    (tmp_path / "mine.jsonl").write_text(json.dumps(TASKS[task]))
+    source = {"path": f"{tmp_path}/mine.jsonl", "task": task}
+    preview(make_config(sources={"mine": source}, batch_size=1), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    learned = re.findall(r"<span class='t loss[^']*' title='[^']*'>(.*?)</span>", page)
+    assert "".join(learned).startswith("a cat&lt;eos&gt;")
+    num_images = re.search(r"Row 1 <small>[^<]* (\d+) images? ", page)[1]
+    assert (num_images != "0") == (task != "text")
+
+
+def test_documents_left_out_are_listed_with_the_reason(make_config, tmp_path):
     lines = [{"segments": [{"image": "nowhere<.png"}]}, *({"text": f"document {i}"} for i in range(3))]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = make_config(sources={"mine": f"jsonl:{tmp_path}/mine.jsonl"}, mixture={"mine": 1.0})
-    preview(config, model, tmp_path / "page.html")
+    preview(make_config(sources={"mine": {"path": f"{tmp_path}/mine.jsonl"}}), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text("utf-8")
     (listed,) = re.findall(r"<div class='left-out'>.*?</div>", page)
     assert "<b>1 document left out</b>" in listed  # although it comes again and again
@@ -84,16 +103,16 @@ def test_documents_left_out_are_listed_with_the_reason(make_config, model, tmp_p
 
 
 def test_a_page_of_one_document_counts_it_as_one(tokenizer, model):
-    tokenize = DocumentTokenizer(tokenizer, model.vision, 70)
+    encode = Encoder(tokenizer, model.vision, 70)
     document = Document((Text("q? ", loss=False), Image(PIXELS)), "one")
     page = preview_html(
-        [assemble([[tokenize(document)]], RowShape(352, 4, 1120, 48), tokenizer.tokens)], tokenizer, model, 1
+        [assemble([[encode(document)]], RowShape(352, 4, 1120, 48), tokenizer.tokens)], tokenizer, model, 1
     )
     assert "1 document · 1 image · " in page
     assert "left-out'" not in page
 
 
-def test_a_place_that_cannot_be_written_is_refused(make_config, model, tmp_path):
+def test_a_place_that_cannot_be_written_is_refused(make_config, tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
-        preview(make_config(), model, tmp_path / "missing" / "page.html")
+        preview(make_config(), tmp_path / "missing" / "page.html")
     assert list(tmp_path.iterdir()) == []

@@ -4,20 +4,34 @@ import json
 import os
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from gemma4_jax.data.document import Image, Text
+from gemma4_jax.data.document import Document, Image, Text
+from gemma4_jax.data.documents import open_documents
 from gemma4_jax.data.images import read_pixels
-from gemma4_jax.data.sources import open_source, records
-from gemma4_jax.data.sources.jsonl import JsonlSource
+from gemma4_jax.data.pipeline import make_train_iterator
+from gemma4_jax.data.sources import KINDS, Source, records
 from gemma4_jax.data.sources.python_source import MAX_CHARACTERS, split_lines
 from gemma4_jax.data.sources.records import MAX_RECORD_BYTES
+from gemma4_jax.data.tasks import TASKS
 from gemma4_jax.errors import InputError
+from gemma4_jax.launch import command_line
+from gemma4_jax.run_config import RunConfig, SourceConfig
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+
+
+def opened(kind="jsonl", *, split="train", **fields):
+    """The documents of a source."""
+    return open_documents(SourceConfig("mine", kind=kind, **fields), split=split)
+
+
+def jsonl(path):
+    return opened(path=str(path))
 
 
 def png():
@@ -36,7 +50,7 @@ def test_lines_become_documents(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(png())
     segments = [{"image": "pictures/a.png", "max_soft_tokens": 70}, {"text": "what? ", "loss": False}, {"text": "ä\n"}]
-    source = JsonlSource(str(write_lines(tmp_path, {"text": "one"}, "", {"segments": segments})))
+    source = jsonl(write_lines(tmp_path, {"text": "one"}, "", {"segments": segments}))
     assert len(source) == 2
     assert source[0].segments == (Text("one"),)
     image, question, answer = source[1].segments
@@ -65,7 +79,7 @@ BAD_LINES = [
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
 def test_a_bad_line_is_refused_by_its_number(tmp_path, line):
-    source = JsonlSource(str(write_lines(tmp_path, {"text": "fine"}, line)))
+    source = jsonl(write_lines(tmp_path, {"text": "fine"}, line))
     with pytest.raises(InputError, match=r"data\.jsonl line 2: "):
         source[1]
     assert source[0].segments == (Text("fine"),)
@@ -75,7 +89,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "\xff\xfe"}\n')
     with pytest.raises(InputError, match="line 1"):
-        JsonlSource(str(path))[0]
+        jsonl(path)[0]
 
 
 def test_images_stay_inside_the_folder(tmp_path):
@@ -99,14 +113,14 @@ def test_images_stay_inside_the_folder(tmp_path):
         ("a\0b", "line 1"),
         ("x" * 5000, "line 1"),
     ]:
-        source = JsonlSource(str(write_lines(inside, {"segments": [{"image": path}]})))
+        source = jsonl(write_lines(inside, {"segments": [{"image": path}]}))
         with pytest.raises(InputError, match=message):
             source[0]
 
 
 def test_a_missing_file_is_refused():
-    with pytest.raises(InputError, match=r"'jsonl:/nowhere\.jsonl' cannot be read: No such file"):
-        open_source("jsonl:/nowhere.jsonl")
+    with pytest.raises(InputError, match=r"^data\.sources\.mine: /nowhere\.jsonl cannot be read: No such file"):
+        jsonl("/nowhere.jsonl")
 
 
 def test_an_array_of_objects_is_read_element_by_element(tmp_path):
@@ -114,7 +128,7 @@ def test_an_array_of_objects_is_read_element_by_element(tmp_path):
     for form in ({"indent": 1}, {"ensure_ascii": False}, {"separators": (",", ":")}):
         path = tmp_path / "array.json"
         path.write_text(" \n" + json.dumps([{"text": text} for text in texts], **form) + "\n", "utf-8")
-        source = JsonlSource(str(path))
+        source = jsonl(path)
         assert [source[i].segments[0].text for i in range(len(source))] == texts
         assert source[2].name == "array.json element 3"
 
@@ -137,23 +151,23 @@ WRONG_FORMS = {
 def test_a_file_of_another_form_is_refused_by_its_first_bytes(tmp_path, message):
     path = tmp_path / "data.jsonl"
     path.write_bytes(WRONG_FORMS[message])
-    with pytest.raises(InputError, match=rf"'jsonl:{path}' .*{message}.*\.$"):
-        JsonlSource(str(path))
+    with pytest.raises(InputError, match=rf"^data\.sources\.mine: {path} .*{message}.*\.$"):
+        jsonl(path)
 
 
 def test_an_empty_array_has_no_documents(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("[ ]\n")
     with pytest.raises(InputError, match="has no documents"):
-        open_source(f"jsonl:{path}")
+        jsonl(path)
 
 
-@pytest.mark.parametrize("place", [".", "pipe", "s3://bucket/data.jsonl"])
+@pytest.mark.parametrize("place", [".", "pipe"])
 def test_what_is_no_file_is_refused(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
-    with pytest.raises(InputError, match=rf"'jsonl:{place}' is (not a file|a URL)"):
-        open_source(f"jsonl:{place}")
+    with pytest.raises(InputError, match="is not a file"):
+        jsonl(place)
 
 
 def test_a_huge_line_is_neither_held_nor_read(tmp_path):
@@ -161,7 +175,7 @@ def test_a_huge_line_is_neither_held_nor_read(tmp_path):
     with path.open("w") as file:
         file.write('{"text": "one"}\n{"text": "' + "x" * 30_000_000 + '"}\n{"text": "three"}')
     tracemalloc.start()
-    source = JsonlSource(str(path))
+    source = jsonl(path)
     with pytest.raises(InputError, match=r"line 2: a record of 30000013 bytes is refused: at most 4194304"):
         source[1]
     _, peak = tracemalloc.get_traced_memory()
@@ -170,16 +184,23 @@ def test_a_huge_line_is_neither_held_nor_read(tmp_path):
     assert [source[i].segments[0].text for i in (0, 2)] == ["one", "three"]
 
 
+def test_an_index_takes_24_bytes_a_record(tmp_path):
+    path = write_lines(tmp_path, *({"text": f"document {i}"} for i in range(5000)))
+    unit, index = records.find_records(path)
+    assert (unit, index.nbytes) == ("line", 24 * 5000)
+    assert jsonl(path)[4999].segments == (Text("document 4999"),)
+
+
 @pytest.mark.parametrize("kind", [{"text": "a"}, {"image": "a.png"}])
 def test_a_document_has_no_more_parts_than_the_limit(tmp_path, kind):
-    source = JsonlSource(str(write_lines(tmp_path, {"segments": [kind] * 4097})))
+    source = jsonl(write_lines(tmp_path, {"segments": [kind] * 4097}))
     with pytest.raises(InputError, match=r"4097 segments .* refused"):
         source[0]
 
 
 def test_a_file_that_went_away_makes_unreadable_documents(tmp_path):
     path = write_lines(tmp_path, {"text": "one"})
-    source = JsonlSource(str(path))
+    source = jsonl(path)
     path.unlink()
     with pytest.raises(InputError, match="line 1: the file cannot be read"):
         source[0]
@@ -189,13 +210,13 @@ def test_data_is_known_by_what_it_holds(tmp_path, monkeypatch):
     (tmp_path / "moved").mkdir()
     path, moved = (write_lines(folder, {"text": "one"}, {"text": "two"}) for folder in (tmp_path, tmp_path / "moved"))
     monkeypatch.chdir(tmp_path)
-    known = open_source(f"jsonl:{path}").fingerprint()
-    assert known == open_source(f"jsonl:{moved}").fingerprint() == open_source("jsonl:./data.jsonl").fingerprint()
+    known = jsonl(path).fingerprint()
+    assert known == jsonl(moved).fingerprint() == jsonl("./data.jsonl").fingerprint()
     for changed in ([{"text": "one"}, {"text": "twO"}], [{"text": "one"}, {"text": "two"}, {"text": "three"}]):
         write_lines(tmp_path, *changed)
-        assert open_source(f"jsonl:{path}").fingerprint() != known
+        assert jsonl(path).fingerprint() != known
     assert json.loads(json.dumps(known)) == known
-    assert open_source("digits").fingerprint() == {"kind": "digits", "version": 1}
+    assert opened("digits").fingerprint() == {"kind": "digits", "version": 1}
 
 
 def test_a_large_file_is_known_by_its_size_and_some_of_its_blocks(tmp_path, monkeypatch):
@@ -220,22 +241,7 @@ def test_an_empty_file_is_refused(tmp_path, content):
     path = tmp_path / "empty.jsonl"
     path.write_text(content)
     with pytest.raises(InputError, match="has no documents"):
-        open_source(f"jsonl:{path}")
-
-
-BAD_SPECS = {
-    "images": "of no known kind: the kinds are digits, python, jsonl, tfds",
-    "digits:9": "takes no argument",
-    "jsonl": "not complete.*jsonl:NAME",
-    "jsonl:x?seed=3": "unknown option",
-    "tfds:mnist/train?pictures=image": "unknown option.*text, image, prompt, data_dir",
-}
-
-
-@pytest.mark.parametrize("spec", BAD_SPECS)
-def test_a_bad_source_is_refused(spec):
-    with pytest.raises(InputError, match=BAD_SPECS[spec]):
-        open_source(spec)
+        jsonl(path)
 
 
 def test_text_is_cut_between_lines():
@@ -246,7 +252,7 @@ def test_text_is_cut_between_lines():
 
 
 def test_python_sources_are_documents_of_bounded_length():
-    train, held_out = (open_source("python", split=split) for split in ("train", "held_out"))
+    train, held_out = (opened("python", split=split) for split in ("train", "held_out"))
     assert len(train) > 10 * len(held_out) > 1000
     for source in (train, held_out):
         for index in range(0, len(source), 50):
@@ -282,8 +288,12 @@ def data_dir(tmp_path_factory):
     return folder
 
 
+LABELLED = {"task": "caption", "columns": {"text": "label"}}
+
+
 def test_a_tfds_example_becomes_image_prompt_and_label(data_dir):
-    source = open_source(f"tfds:pictures/train?image=image&prompt=what is it? &text=label&data_dir={data_dir}")
+    options = {"data_dir": str(data_dir), "prompt": "what is it? "}
+    source = opened("tfds", path="pictures/train", options=options, **LABELLED)
     assert len(source) == 5
     names = set()
     for index in range(5):
@@ -293,25 +303,123 @@ def test_a_tfds_example_becomes_image_prompt_and_label(data_dir):
         assert prompt == Text("what is it? ", loss=False)
         names.add(label.text)
     assert names == {"cat", "dog"}
-    fingerprint = source.fingerprint()
-    assert (fingerprint["data_set"], fingerprint["documents"]) == ("pictures/1.0.0/train", 5)
+    assert source[4].name == "pictures/train 4"
+    assert source.fingerprint() == {"kind": "tfds", "data_set": "pictures/1.0.0/train", "documents": 5}
     assert "tensorflow" not in sys.modules
 
 
 def test_a_tfds_text_feature_is_a_document(data_dir):
-    source = open_source(f"tfds:pictures/train[:60%]?text=caption&data_dir={data_dir}")
+    options = {"data_dir": str(data_dir)}
+    source = opened("tfds", path="pictures/train[:60%]", task="text", columns={"text": "caption"}, options=options)
     assert len(source) == 3
     assert all(source[i].segments[0].text.startswith("picture ") for i in range(3))
 
 
 def test_a_tfds_source_that_is_not_there_is_refused_in_one_sentence(data_dir):
-    for spec, message in [
-        (f"tfds:paintings/train?data_dir={data_dir}", "tfds build paintings"),
-        (f"tfds:pictures/test?data_dir={data_dir}", "cannot be opened"),
-        (f"tfds:pictures?data_dir={data_dir}", "write it as tfds:NAME/SPLIT"),
-        (f"tfds:paintings/oil/train?data_dir={data_dir}", "tfds build paintings/oil "),
-        (f"tfds:pictures/train?text=colour&data_dir={data_dir}", "no feature 'colour': its features are"),
+    for path, columns, message in [
+        ("paintings/train", {}, "tfds build paintings"),
+        ("pictures/test", {}, "cannot be opened"),
+        ("pictures", {}, "write it as NAME/SPLIT"),
+        ("paintings/oil/train", {}, "tfds build paintings/oil "),
+        (
+            "pictures/train",
+            {"text": "colour"},
+            r"columns\.text='colour' .* one of .* image, label, caption",
+        ),
+        ("pictures/train", {}, r"columns\.text='text' .* one of the columns"),
     ]:
         with pytest.raises(InputError, match=message) as error:
-            open_source(spec)
+            opened("tfds", path=path, task="caption", columns=columns, options={"data_dir": str(data_dir)})
         assert "\n" not in str(error.value)
+        assert str(error.value).startswith("data.sources.mine")
+
+
+STRANGER = """
+import csv
+
+from gemma4_jax.configs import base
+from gemma4_jax.data.document import Document, Text
+from gemma4_jax.data.sources import KINDS, Source
+from gemma4_jax.data.tasks import TASKS
+
+
+class CsvSource(Source):
+    def __init__(self, path, separator: str = ","):
+        with open(path, newline="") as file:
+            self.rows = list(csv.DictReader(file, delimiter=separator))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    def fingerprint(self):
+        return {"kind": "csv", "documents": len(self)}
+
+
+def answer(question, answer, *, ask: str = "%s "):
+    return Document((Text(ask % question, loss=False), Text(answer)))
+
+
+KINDS["csv"] = CsvSource
+TASKS["answer"] = answer
+
+
+def get_config():
+    config = base.get_config("tiny")
+    config.data.images_per_row, config.data.batch_size, config.data.num_workers = 0, 1, 1
+    options = {"separator": ";", "ask": "%s? "}
+    config.data.sources = {"mine": {"kind": "csv", "path": "mine.csv", "task": "answer", "options": options}}
+    return config
+"""
+"""A config file with a source and a task of its own."""
+
+
+def test_a_config_file_may_bring_a_source_and_a_task_of_its_own(tmp_path, tokenizer, monkeypatch):
+    """Also where a worker process reads."""
+    assert len(STRANGER.strip().splitlines()) <= 40
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(KINDS, "csv", KINDS.get("csv"))  # taken back at the end
+    monkeypatch.setitem(TASKS, "answer", TASKS.get("answer"))
+    Path("mine.csv").write_text("question;answer\n" + "".join(f"{i} and 1;{i + 1}\n" for i in range(30)))
+    Path("mine.py").write_text(STRANGER)
+    config = RunConfig.from_dict(command_line.load(Path("mine.py")).to_dict()).resolved()
+    assert_reads(config, tokenizer, {f"<bos>{i} and 1? {i + 1}<eos>" for i in range(30)})
+
+
+class Squares(Source):
+    """A stranger's own, in a module."""
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, index):
+        return {"number": index}
+
+    def fingerprint(self):
+        return {"kind": "squares"}
+
+
+def square(number):
+    return Document((Text(f"{number}: {number**2}"),))
+
+
+def test_worker_processes_find_what_a_module_brings(make_config, tokenizer, monkeypatch):
+    monkeypatch.setitem(KINDS, "squares", Squares)
+    monkeypatch.setitem(TASKS, "square", square)
+    sources = {"mine": {"kind": "squares", "task": "square"}}
+    config = make_config(sources=sources, num_workers=1, batch_size=1)
+    assert_reads(config, tokenizer, {f"<bos>{i}: {i**2}<eos>" for i in range(30)})
+
+
+def assert_reads(config, tokenizer, expected):
+    """An epoch of a run has these documents."""
+    batches = make_train_iterator(config, tokenizer)
+    seen = set()
+    for _ in range(20):
+        batch = next(batches)
+        for segment in range(1, batch.segment_ids.max() + 1):
+            seen.add(tokenizer.decode(batch.tokens[batch.segment_ids == segment].tolist()))
+    batches.close()
+    assert seen == expected

@@ -13,15 +13,16 @@ TINY = Path(__file__).parents[1] / "train" / "tiny.py"
 READ = f"""
 import multiprocessing, pathlib, signal, sys
 from gemma4_jax.data.pipeline import make_train_iterator
-from gemma4_jax.launch import run_config
+from gemma4_jax.launch import command_line
+from gemma4_jax.run_config import RunConfig
 from gemma4_jax.tokenizer import Tokenizer
 
 def main():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    config = run_config.load(pathlib.Path({str(TINY)!r}))
+    config = command_line.load(pathlib.Path({str(TINY)!r}))
     config.data.num_workers = 2
-    batches = make_train_iterator(config, run_config.model_config(config), Tokenizer.load("bundled"))
+    batches = make_train_iterator(RunConfig.from_dict(config.to_dict()).resolved(), Tokenizer.load("bundled"))
     for line in sys.stdin:
         next(batches)
         print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)

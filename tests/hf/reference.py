@@ -155,10 +155,10 @@ def generate(
     model: Gemma4ForConditionalGeneration, document: samples.Segments, config: Gemma4Config, max_new_tokens: int
 ) -> list[int]:
     """The tokens that the reference writes after one prompt, greedily, whatever they are."""
-    return go_on(model, inputs([document], config), max_new_tokens)
+    return wait_for_first(model, inputs([document], config), max_new_tokens)
 
 
-def go_on(model: Gemma4ForConditionalGeneration, given: Mapping[str, Any], max_new_tokens: int) -> list[int]:
+def wait_for_first(model: Gemma4ForConditionalGeneration, given: Mapping[str, Any], max_new_tokens: int) -> list[int]:
     """`generate`, from the arguments of the reference for one prompt."""
     tensors = _cast({name: torch.as_tensor(array) for name, array in given.items()}, model.dtype)
     with torch.no_grad():

@@ -35,7 +35,7 @@ def test_a_run_on_what_ships():
 def test_a_run_from_a_checkpoint():
     training = quickstart.get_config().to_dict()
     training["init"]["from_hf"] = "gemma-4-E2B"
-    training["data"]["mixture"] = {"mine": 2.0}
+    training["data"]["sources"] = {"mine": {"kind": "jsonl", "weight": 2.0}}
     text = card(sizes.quickstart(), FILES | {"chat_template.jinja"}, training)
     assert "from the weights of `gemma-4-E2B`" in text
     assert "mine (100% of the documents)" in text

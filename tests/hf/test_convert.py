@@ -16,14 +16,15 @@ from flax import nnx
 
 import gemma4_jax
 from gemma4_jax import sizes
+from gemma4_jax.checkpoints import streaming
+from gemma4_jax.checkpoints.streaming import StreamedArray
 from gemma4_jax.errors import InputError
-from gemma4_jax.hf import save, streaming
+from gemma4_jax.hf import save
 from gemma4_jax.hf.convert import convert
 from gemma4_jax.hf.leftovers import HOST
 from gemma4_jax.hf.load import Checkpoint, load_state
 from gemma4_jax.hf.names import tensors
 from gemma4_jax.hf.save import export_run
-from gemma4_jax.hf.streaming import StreamedArray
 from gemma4_jax.model import Gemma4
 from gemma4_jax.sharding import make_mesh, param_shardings
 from tests.hf import checkpoints

@@ -63,7 +63,7 @@ def test_answers_about_sounds(tmp_path):
             is_frame = np.arange(is_mine.shape[1]) < is_mine.sum(axis=1, keepdims=True)
             features[is_frame] = alone.audio_features[0, alone.frame_sound_ids[0] > 0]
             document |= {"input_features": features, "input_features_mask": is_frame}
-        assert row == reference.go_on(theirs, document, NEW_TOKENS)
+        assert row == reference.wait_for_first(theirs, document, NEW_TOKENS)
     texts = gemma4_jax.generate(model, processor, prompts, audios=audios, max_new_tokens=5)
     assert texts[0] == processor.decode(given[0][:5])
 

@@ -17,11 +17,12 @@ import pytest
 from flax import nnx
 
 from gemma4_jax import sizes
+from gemma4_jax.checkpoints.parameters import flatten_paths
 from gemma4_jax.errors import InputError
 from gemma4_jax.hf import load, safetensors, save
 from gemma4_jax.hf.config import to_hf
 from gemma4_jax.hf.load import Checkpoint, load_state, write_carried
-from gemma4_jax.hf.names import flatten_paths, tensors
+from gemma4_jax.hf.names import tensors
 from gemma4_jax.hf.processor import processor_config
 from gemma4_jax.hf.safetensors import OutgoingTensor, in_blocks, write_tensor_file
 from gemma4_jax.hf.save import export_state

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gemma4_jax.hf.names import abbreviate, flatten_paths, tensors
+from gemma4_jax.checkpoints.parameters import flatten_paths
+from gemma4_jax.hf.names import abbreviate, tensors
 from gemma4_jax.model import Gemma4
 from gemma4_jax.sizes import SIZES
 from tests.hf import samples

@@ -12,9 +12,8 @@ import pytest
 from flax import nnx
 
 import gemma4_jax
-from gemma4_jax import sizes
+from gemma4_jax import processes, sizes
 from gemma4_jax.errors import InputError
-from gemma4_jax.hf import agreement
 from gemma4_jax.hf.names import tensors
 from gemma4_jax.sharding import make_mesh
 from tests import conversations
@@ -84,7 +83,7 @@ def test_a_process_that_fails_tells_the_others(loaded, tmp_path, monkeypatch):
     told: list[int] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     tell = lambda is_well: told.append(int(is_well)) or is_well  # noqa: E731
-    monkeypatch.setattr("gemma4_jax.hf.agreement.multihost_utils.broadcast_one_to_all", tell)
+    monkeypatch.setattr("gemma4_jax.processes.multihost_utils.broadcast_one_to_all", tell)
     gemma4_jax.save_hf(*loaded, tmp_path / "out")
     assert told == [1, 1]
     (tmp_path / "file").write_text("")
@@ -94,8 +93,8 @@ def test_a_process_that_fails_tells_the_others(loaded, tmp_path, monkeypatch):
             gemma4_jax.save_hf(*loaded, place)
         assert told in ([1, 0], [0])
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with pytest.raises(InputError, match="the first process failed"), agreement.led_by_first_process():
-        monkeypatch.setattr("gemma4_jax.hf.agreement.multihost_utils.broadcast_one_to_all", np.zeros_like)
+    with pytest.raises(InputError, match="the first process failed"), processes.led_by_first():
+        monkeypatch.setattr("gemma4_jax.processes.multihost_utils.broadcast_one_to_all", np.zeros_like)
 
 
 def test_logits_on_a_mesh_are_those_of_one_device(loaded, folder):

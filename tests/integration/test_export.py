@@ -14,8 +14,8 @@ from flax import nnx
 from gemma4_jax import sizes
 from gemma4_jax.data.assemble import assemble
 from gemma4_jax.data.document import Document, Image, Text
+from gemma4_jax.data.encode import Encoder
 from gemma4_jax.data.pack import RowShape
-from gemma4_jax.data.tokenize import DocumentTokenizer
 from gemma4_jax.hf.save import export_state
 from gemma4_jax.tokenizer import Tokenizer
 from tests.hf import samples
@@ -86,7 +86,7 @@ def test_same_logits_from_files_to_logits(config, tokenizer, model, export, thei
     ]
 
     document = Document(tuple(Text(part) if isinstance(part, str) else Image(part) for part in parts), "sample")
-    example = DocumentTokenizer(tokenizer, config.vision, MAX_SOFT_TOKENS)(document)
+    example = Encoder(tokenizer, config.vision, MAX_SOFT_TOKENS)(document)
     patches = sum(len(image.patches) for image in example.images)
     shape = RowShape(len(example.tokens), len(example.images), patches, config.vision.patch_dim)
     rows = jax.tree.map(jnp.asarray, assemble([[example]], shape, config.tokens))

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from gemma4_jax.data.pipeline import make_train_iterator
-from gemma4_jax.launch import run_config
+from gemma4_jax.launch import command_line
 from gemma4_jax.sharding import batch_sharding, make_mesh
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.loop import train
 from gemma4_jax.train.program import make_program
 from gemma4_jax.train.state import create_state
+from tests.train.tiny import typed
 
 MESHES = {
     "one": {},
@@ -29,20 +30,19 @@ TOLERANCE = 2e-6
 
 
 def short_config():
-    config = run_config.load(Path(__file__).parents[1] / "train" / "tiny.py")
+    config = command_line.load(Path(__file__).parents[1] / "train" / "tiny.py")
     config.train.num_steps = NUM_STEPS
     return config
 
 
 def loss_curve(config, sizes: dict[str, int]) -> list[float]:
     """Losses of the first steps on as many of the devices as the mesh has."""
-    model_config = run_config.model_config(config)
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    iterator = make_train_iterator(config, model_config, Tokenizer.load("bundled"))
+    iterator = make_train_iterator(typed(config).resolved(), Tokenizer.load("bundled"))
     losses = []
     with jax.set_mesh(mesh):
-        program = make_program(config, model_config, mesh)
-        state = create_state(program.state, model_config, program.config)
+        program = make_program(typed(config), mesh)
+        state = create_state(program.state, program.config)
         for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
         if mesh.size > 1:
@@ -73,15 +73,15 @@ def test_same_loss_curve_on_every_mesh(mesh, expected):
 def test_a_run_moves_from_one_mesh_to_another(expected, tmp_path):
     """From a checkpoint of fsdp x tensor on data x expert, and the losses are those of one device all the time."""
     config, run_dir = short_config(), tmp_path / "run"
-    config.run_dir, model_config = str(run_dir), run_config.model_config(config)
-    config.checkpoint.every_steps, config.eval.num_documents = 2, 2
+    config.run_dir = str(run_dir)
+    config.checkpoint.every_steps, config.evaluators.eval.num_documents = 2, 2
     config.mesh.update(data=1, **MESHES["fsdp_tensor"])
-    train(config, model_config)
+    train(typed(config))
     # As if it had been stopped before its last checkpoint.
     shutil.rmtree(run_dir / "checkpoints" / str(NUM_STEPS))
     (run_dir / "summary.json").unlink()
     config.mesh.update(fsdp=1, tensor=1, **MESHES["data_expert"])
-    assert train(config, model_config)["steps"] == NUM_STEPS
+    assert train(typed(config))["steps"] == NUM_STEPS
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     np.testing.assert_allclose(losses, expected, rtol=TOLERANCE)

@@ -20,7 +20,7 @@ NUM_STEPS = 60
 def start(run_dir: Path) -> subprocess.Popen:
     # One period of layers compiles in half the time.
     model = {"model.text.num_layers": 2, "model.text.num_kv_shared_layers": 0}
-    run = {"run_dir": run_dir, "train.num_steps": NUM_STEPS, "eval.num_documents": 4, "export.at_end": False}
+    run = {"run_dir": run_dir, "train.num_steps": NUM_STEPS, "evaluators.eval.num_documents": 4, "export.at_end": False}
     arguments = [f"--config={CONFIG}", *(f"--config.{name}={value}" for name, value in (model | run).items())]
     command = [sys.executable, "-m", "gemma4_jax.launch.train", *arguments]
     # One device, and compiled as users compile: here steps are many.

@@ -12,11 +12,12 @@ import PIL.Image
 import pytest
 
 from gemma4_jax.errors import InputError
-from gemma4_jax.launch import cli, run_config
+from gemma4_jax.launch import cli, command_line
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.lock import RunLock
 from gemma4_jax.train.loop import _summary_of_finished
 from gemma4_jax.train.run_dir import open_run_dir, run_tokenizer
+from tests.train.tiny import typed
 
 TINY = Path(__file__).parents[1] / "train" / "tiny.py"
 
@@ -36,18 +37,19 @@ MISTAKES = [
     ("--config.optimizer.learning_rate=fast", "optimizer.learning_rate='fast'", "a finite number"),
     ("--config.optimizer.learning_rate=nan", "optimizer.learning_rate=nan", "a finite number"),
     ("--config.log.tensorboard=maybe", "log.tensorboard='maybe'", "true or false"),
-    ("--config.data.mixture=digits", "data.mixture='digits'", "a dictionary"),
-    ("--config.data.mixture={'digits': 'all'}", "data.mixture.digits='all'", "a finite number"),
-    ("--config.data.sources={'mine': 3}", "data.sources.mine=3", "text"),
-    (
-        "--config.data.sources.mine=jsonl:a",
-        "data.sources.mine=jsonl:a",
-        """--config.data.sources="{'mine': 'jsonl:a'}\"""",
-    ),
-    ("--config.data.mixture.mine=0.5", "data.mixture.mine=0.5", """--config.data.mixture="{'mine': 0.5}\""""),
+    ("--config.data.sources=digits", "data.sources='digits'", "a dictionary"),
+    ("--config.data.sources={'mine': 3}", "data.sources.mine=3", "a dictionary"),
+    ("--config.data.sources={'mine': {'weight': 'all'}}", "data.sources.mine.weight='all'", "a finite number"),
+    ("--config.data.sources={'mine': {'pth': 'a'}}", "data.sources.mine.pth='a'", "nearest is data.sources.mine.path"),
+    ("--config.data.sources.mine=a", "data.sources.mine=a", """--config.data.sources="{'mine': {...}}\""""),
+    ("--config.data.sources={'mine': {'weight': 0}}", "data.sources={'mine': 0}", "at least one source"),
+    ("--config.data.mixture={'digits': 1}", "data.mixture={'digits': 1}", "no such field"),
+    ("--config.optimizer.groups=({'pattern': '('},)", "optimizer.groups='('", "unterminated"),
+    ("--config.optimizer.groups=({'pattern': 'vison.*'},)", "'vison.*'", "such as vision."),
+    ("--config.optimizer.groups=({'pattern': '.*', 'learning_rate_scale': 0},)", "freezes every parameter", "leave"),
     ("--config.data.max_left_out=1", "data.max_left_out=1.0", "less than 1"),
     ("--config.data.long_masked=split", "data.long_masked='split'", "one of drop, cut_context"),
-    ("--config.train={'num_steps': 5}", "train.attention", "missing"),
+    ("--config.model.tokens={'pad': 'x'}", "model.tokens.pad='x'", "a whole number"),
     ("--config.train.num_steps", "--config.train.num_steps", "Missing value"),
     ("--config.model.audio=1", "model.audio=1", "only a config file can set it"),
     # impossible values
@@ -73,14 +75,8 @@ MISTAKES = [
     ("--config.data.patches_per_row=100", "data.patches_per_row=100", "at least 280"),
     ("--config.data.patches_per_row=1681", "data.patches_per_row=1681", "a multiple of 4"),
     ("--config.model.vision.num_positions=100", "model.vision.num_positions=100", "140 patches long"),
-    ("--config.train.loss_chunk=100", "train.loss_chunk=100", "a divisor of data.seq_len"),
     ("--config.train.grad_accum_steps=3", "train.grad_accum_steps=3", "a divisor of data.batch_size"),
     ("--config.optimizer.warmup_steps=1000000", "optimizer.warmup_steps=1000000", "less than train.num_steps"),
-    (
-        "--config.optimizer.learning_rate_scale={'vision':0.,'embedding':0.,'decoder':0.}",
-        "learning_rate_scale",
-        "above 0",
-    ),
     # the eight devices of these tests
     ("--config.mesh.data=3", "mesh (data=3", "8 devices"),
     ("--config.mesh.fsdp=3", "mesh (data=-1, fsdp=3", "8 devices"),
@@ -88,7 +84,6 @@ MISTAKES = [
     ("--config.mesh.data=0", "mesh.data=0", "at least 1, or -1"),
     ("--config.data.batch_size=12", "data.batch_size=12", "a multiple of 8"),
     ("--config.train.grad_accum_steps=2", "data.batch_size=8", "a multiple of 16"),
-    ("--config.data.images_per_row=0", "optimizer.learning_rate_scale.vision=1.0", "0 where data.images_per_row=0"),
 ]
 
 
@@ -121,7 +116,7 @@ def assert_one_sentence(captured, status, *parts):
         (["train", f"--config={'long' * 100}.py"], ["longlong", "name too long"]),
         (["preview", "--config=missing.py"], ["missing.py", "no such file"]),
         (["preview", "--config=base", "--uot=page.html"], ["--uot=page.html", "nearest is --out"]),
-        (["trian"], ["'trian'", "train, preview, export"]),
+        (["trian"], ["'trian'", "train, fields, preview, export"]),
         (["export"], ["RUN_DIR and OUT_DIR", "nothing"]),
         (["export", "a", "b", "c"], ["RUN_DIR and OUT_DIR", "a b c"]),
         (["export", "--run=a", "b"], ["RUN_DIR and OUT_DIR", "--run=a b"]),
@@ -150,7 +145,10 @@ FROM_BASE = "from gemma4_jax.configs import base\n\n\ndef get_config():\n    con
             FROM_BASE + "    with config.unlocked():\n        config.train.stepz = 5\n    return config\n",
             ["train.stepz=5", "no such field"],
         ),
-        (FROM_BASE + "    with config.unlocked():\n        del config.seed\n    return config\n", ["seed is missing"]),
+        (
+            FROM_BASE + "    with config.unlocked():\n        del config.model\n    return config\n",
+            ["model is missing"],
+        ),
         (
             "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({'steps': 5})\n",
             ["steps=5", "nearest is"],
@@ -206,9 +204,9 @@ def test_a_run_directory_that_cannot_be_written(place, capsys, tmp_path):
 
 
 def test_a_run_directory_of_a_different_config(capsys, tmp_path):
-    config = run_config.load(TINY)
+    config = command_line.load(TINY)
     config.run_dir = str(tmp_path / "run")
-    open_run_dir(config, run_tokenizer(config))
+    open_run_dir(typed(config), run_tokenizer(typed(config)))
     before = contents(tmp_path)
     status = train(tmp_path / "run", "--config.optimizer.learning_rate=0.5", "--config.data.seed=1")
     differing = "data.seed was 0 and is now 1; optimizer.learning_rate was 0.003 and is now 0.5"
@@ -221,7 +219,7 @@ def test_a_run_directory_that_is_in_use(capsys, tmp_path):
     with RunLock(run_dir, print):
         (run_dir / "metrics.jsonl").write_text("half a li")
         before = contents(run_dir)
-        status = train(run_dir, "--config.eval.num_documents=2")
+        status = train(run_dir, "--config.evaluators.eval.num_documents=2")
         names = (f"run_dir='{run_dir}' is in use by process {os.getpid()} on ", " since 20", "give another run_dir")
         assert_one_sentence(capsys.readouterr(), status, *names)
         assert contents(run_dir) == before
@@ -229,11 +227,11 @@ def test_a_run_directory_that_is_in_use(capsys, tmp_path):
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b"3"])
 def test_a_config_in_a_run_directory_that_is_none(content, tmp_path):
-    config = run_config.load(TINY)
+    config = command_line.load(TINY)
     config.run_dir = str(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"holds a config.json that is not [^:]*(\(.*\))?: give another run_dir"):
-        open_run_dir(config, Tokenizer.load("bundled"))
+        open_run_dir(typed(config), Tokenizer.load("bundled"))
 
 
 def test_a_summary_in_a_run_directory_that_is_none(tmp_path):
@@ -246,42 +244,39 @@ def test_a_summary_in_a_run_directory_that_is_none(tmp_path):
 def of_lines(path: Path, *records: dict) -> list[str]:
     """Overrides that train on these records, written to a file of JSON lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return [f"--config.data.sources={{'mine': 'jsonl:{path}'}}", "--config.data.mixture={'mine': 1.0}"]
+    return [f"--config.data.sources={{'mine': {{'path': '{path}'}}}}"]
 
 
 def test_a_row_that_does_not_spread_evenly(capsys, tmp_path):
     mesh = "--config.mesh={'data':1,'fsdp':1,'expert':1,'context':8,'tensor':1}"
-    status = train(tmp_path / "run", mesh, "--config.data.seq_len=180", "--config.train.loss_chunk=180")
+    status = train(tmp_path / "run", mesh, "--config.data.seq_len=180")
     assert_one_sentence(capsys.readouterr(), status, "data.seq_len=180", "a multiple of mesh.context=8")
 
 
 def test_a_run_that_cannot_begin_claims_no_run_directory(capsys, tmp_path):
     """So that the next command, with the mistake mended, is not that of a different config."""
     mistakes = [
-        "--config.data.sources={'mine': 'jsonl:nowhere.jsonl'}",
+        "--config.data.sources={'mine': {'path': 'nowhere.jsonl'}}",
         "--config.tokenizer=nowhere.json",
-        "--config.eval.source=nowhere",
+        "--config.evaluators.eval.source=nowhere",
         "--config.mesh={'data':1,'fsdp':1,'expert':1,'context':1,'tensor':8}",
     ]
     for mistake, part in zip(mistakes, ("nowhere.jsonl", "nowhere.json", "'nowhere'", "mesh.tensor=8"), strict=True):
-        mixture = (
-            "--config.data.mixture={'mine': 1.0}" if "mine" in mistake else "--config.data.mixture={'digits': 1.0}"
-        )
-        status = train(tmp_path / "run", mistake, mixture)
+        status = train(tmp_path / "run", mistake)
         assert_one_sentence(capsys.readouterr(), status, part)
         assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_data_set(capsys, tmp_path):
     status = train(tmp_path / "run", *of_lines(tmp_path / "empty.jsonl"))
-    assert_one_sentence(capsys.readouterr(), status, f"'jsonl:{tmp_path}/empty.jsonl' has no documents", "leave it out")
+    assert_one_sentence(capsys.readouterr(), status, "'mine'", "has no documents")
 
 
 def test_a_data_set_that_is_not_there(capsys, tmp_path):
     overrides = of_lines(tmp_path / "mine.jsonl")
     (tmp_path / "mine.jsonl").unlink()
     status = train(tmp_path / "run", *overrides)
-    assert_one_sentence(capsys.readouterr(), status, f"'jsonl:{tmp_path}/mine.jsonl' cannot be read", "No such file")
+    assert_one_sentence(capsys.readouterr(), status, "mine.jsonl", "cannot be read", "No such file")
 
 
 def write_images(folder: Path) -> None:
@@ -335,9 +330,9 @@ def test_an_export_of_what_is_no_run(capsys, tmp_path):
 
 
 def test_an_export_of_a_run_without_a_checkpoint(capsys, tmp_path):
-    config = run_config.load(TINY)
+    config = command_line.load(TINY)
     config.run_dir = str(tmp_path / "run")
-    open_run_dir(config, run_tokenizer(config))
+    open_run_dir(typed(config), run_tokenizer(typed(config)))
     status = cli.main(["export", config.run_dir, str(tmp_path / "out")])
     assert_one_sentence(capsys.readouterr(), status, f"{tmp_path / 'run'} holds no checkpoint: train it first")
     assert not (tmp_path / "out").exists()

@@ -11,18 +11,19 @@ import PIL.Image
 import pytest
 
 import gemma4_jax
-from gemma4_jax.hf.integrity import CHECKSUMS
+from gemma4_jax.checkpoints.integrity import CHECKSUMS
 from gemma4_jax.hf.names import tensors
 from gemma4_jax.hf.save import CARRIED, export_run
-from gemma4_jax.launch import cli, run_config
+from gemma4_jax.launch import cli, command_line
 from tests.hf import checkpoints
+from tests.train.tiny import typed
 
 TINY = Path(__file__).parents[1] / "train" / "tiny.py"
 
 
 @pytest.fixture(scope="module")
 def config():
-    return run_config.model_config(run_config.load(TINY))
+    return typed(command_line.load(TINY)).model
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,12 @@ def test_convert_leaves_nothing_half_written(release, tmp_path, capsys, monkeypa
 
 def overrides(run_dir: Path, tokenizer: Path, **fields) -> list[str]:
     given = {"train.num_steps": 1, "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-30} | fields
-    given |= {"run_dir": run_dir, "tokenizer": tokenizer, "optimizer.weight_decay": 0.0, "eval.num_documents": 2}
+    given |= {
+        "run_dir": run_dir,
+        "tokenizer": tokenizer,
+        "optimizer.weight_decay": 0.0,
+        "evaluators.eval.num_documents": 2,
+    }
     return [f"--config={TINY}", *(f"--config.{name}={value}" for name, value in given.items())]
 
 

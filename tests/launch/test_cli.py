@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_jax.launch import cli, run_config
+from gemma4_jax.launch import cli, command_line
 from gemma4_jax.train.interruption import Interruption
 
 
@@ -27,7 +27,7 @@ def test_help_of_a_command_is_short(command, capsys):
     assert text.startswith(f"gemma4 {command} ")
     assert len(text.splitlines()) <= 25
     if "--config=FILE_OR_NAME" in text:
-        assert all(f"  {name} " in text for name in run_config.shipped())
+        assert all(f"  {name} " in text for name in command_line.shipped())
 
 
 def test_version(capsys):
@@ -37,8 +37,8 @@ def test_version(capsys):
 
 def test_train_hands_over_the_config_and_then_exports(monkeypatch, tmp_path):
     calls = []
-    stand_in(monkeypatch, "gemma4_jax.train.loop", train=lambda config, _: calls.append(config.train.num_steps))
-    stand_in(monkeypatch, "gemma4_jax.train.initialize", check_source=lambda init, _: calls.append(init.from_hf))
+    stand_in(monkeypatch, "gemma4_jax.train.loop", train=lambda config: calls.append(config.train.num_steps))
+    stand_in(monkeypatch, "gemma4_jax.train.initialize", check_source=lambda config: calls.append(config.init.from_hf))
     exports = {"export_run": lambda run_dir, out_dir, keeps_newer: calls.append((run_dir, out_dir, keeps_newer))}
     stand_in(monkeypatch, "gemma4_jax.hf.save", **exports)
     base = ["train", "--config=base", "--config.train.num_steps=77", f"--config.run_dir={tmp_path}"]
@@ -75,7 +75,7 @@ def test_export_hands_over_its_two_folders_and_a_dtype(monkeypatch):
 
 
 def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
-    def interrupt(config, model_config):
+    def interrupt(config):
         raise KeyboardInterrupt
 
     stand_in(monkeypatch, "gemma4_jax.train.loop", train=interrupt)

@@ -4,16 +4,22 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 from absl import flags
 
-from gemma4_jax.launch import checks, run_config
+from gemma4_jax.config import Gemma4Config
+from gemma4_jax.configs import base
+from gemma4_jax.fields import leaf_names, nearest
+from gemma4_jax.launch import command_line
+from gemma4_jax.run_config import GroupConfig, RunConfig, SourceConfig
 from gemma4_jax.sizes import SIZES
+from tests.train.tiny import typed
 
 
 def test_overrides_reach_the_config_in_any_order():
-    config = run_config.from_command_line(
+    config = command_line.from_command_line(
         [
             "--config.train.num_steps=500",
             "--config=quickstart",
@@ -21,8 +27,8 @@ def test_overrides_reach_the_config_in_any_order():
             "1e-4",
             "--noconfig.log.tensorboard",
             "--config.export.at_end=false",
-            "--config.data.mixture={'digits': 1, 'mine': 2.5}",
-            "--config.data.sources={'mine': 'jsonl:train.jsonl'}",
+            "--config.data.sources={'mine': {'path': 'train.jsonl', 'weight': 2}}",
+            "--config.mesh.fsdp=2",
             "--config.model.text.num_heads=8",
         ]
     )
@@ -30,47 +36,56 @@ def test_overrides_reach_the_config_in_any_order():
     assert config.optimizer.learning_rate == 1e-4
     assert config.log.tensorboard is False
     assert config.export.at_end is False
-    assert config.data.mixture.to_dict() == {"digits": 1, "mine": 2.5}
-    assert config.data.sources.mine == "jsonl:train.jsonl"
-    assert run_config.model_config(config).text.num_heads == 8
-    assert config.is_locked
+    assert config.data.mixture == {"mine": SourceConfig("mine", kind="jsonl", path="train.jsonl", weight=2)}
+    assert config.mesh.fsdp == 2
+    assert config.model.text.num_heads == 8
+
+
+def test_one_source_of_many_is_changed_by_its_name():
+    config = command_line.from_command_line(["--config=base", "--config.data.sources.digits.weight=0.25"])
+    assert {name: source.weight for name, source in config.data.sources.items()} == {"digits": 0.25, "python": 0.1}
+
+
+def test_groups_of_parameters_on_the_command_line():
+    frozen = "({'pattern': 'vision.*', 'learning_rate_scale': 0.0},)"
+    config = command_line.from_command_line(["--config=base", f"--config.optimizer.groups={frozen}"])
+    assert config.optimizer.groups == (GroupConfig(pattern="vision.*", learning_rate_scale=0.0),)
 
 
 def test_the_last_of_two_values_counts():
-    config = run_config.from_command_line(["--config=base", "--config.seed=1", "--config.seed=2"])
+    config = command_line.from_command_line(["--config=base", "--config.seed=1", "--config.seed=2"])
     assert config.seed == 2
 
 
 def test_flags_of_the_command_are_parsed_beside_the_config():
     command_flags = flags.FlagValues()
     flags.DEFINE_string("out", "preview.html", "", flag_values=command_flags)
-    config = run_config.from_command_line(["--config=base", "--out", "page.html", "--config.seed=3"], command_flags)
+    config = command_line.from_command_line(["--config=base", "--out", "page.html", "--config.seed=3"], command_flags)
     assert (command_flags["out"].value, config.seed) == ("page.html", 3)
 
 
 def test_a_path_and_a_bare_name_are_the_same(tmp_path):
-    copy = shutil.copy(run_config.shipped()["quickstart"], tmp_path)
-    by_name = run_config.from_command_line(["--config=quickstart"])
-    by_path = run_config.from_command_line([f"--config={copy}"])
-    assert by_name.to_dict() == by_path.to_dict()
+    copy = shutil.copy(command_line.shipped()["quickstart"], tmp_path)
+    by_name = command_line.from_command_line(["--config=quickstart"])
+    by_path = command_line.from_command_line([f"--config={copy}"])
+    assert by_name == by_path
 
 
 def test_a_config_takes_an_argument_behind_a_colon(tmp_path):
-    config = run_config.from_command_line(["--config=base:small", "--config.seed=3"])
-    assert (run_config.model_config(config), config.seed) == (SIZES["small"](), 3)
+    config = command_line.from_command_line(["--config=base:small", "--config.seed=3"])
+    assert (config.model, config.seed) == (SIZES["small"](), 3)
     path = tmp_path / "a:b" / "mine.py"
     path.parent.mkdir()
     path.write_text(
         "from gemma4_jax.configs import base\n\n\ndef get_config(words):\n    config = base.get_config()\n"
         "    config.name = words\n    return config\n"
     )
-    assert run_config.from_command_line([f"--config={path}:x.py: y=1"]).name == "x.py: y=1"
+    assert command_line.from_command_line([f"--config={path}:x.py: y=1"]).name == "x.py: y=1"
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_architecture_survives_the_config(name):
-    config = run_config.base.get_config(name)
-    assert run_config.model_config(config) == SIZES[name]()
+    assert typed(base.get_config(name)).model == SIZES[name]()
 
 
 def test_vision_and_audio_may_be_switched_off(tmp_path):
@@ -80,16 +95,39 @@ def test_vision_and_audio_may_be_switched_off(tmp_path):
         "    config.model.vision = None\n    config.model.audio = None\n    config.data.images_per_row = 0\n"
         "    return config\n"
     )
-    config = run_config.from_command_line([f"--config={path}"])
+    config = command_line.from_command_line([f"--config={path}"])
     expected = dataclasses.replace(SIZES["e2b"](), vision=None, audio=None)
-    assert run_config.model_config(config) == expected
+    assert config.model == expected
 
 
-def test_every_number_and_word_outside_the_model_has_a_rule():
-    fields = checks.leaves(run_config.base.get_config().to_dict())
-    paths = ("model.", "mesh.", "data.mixture.", "data.sources", "eval.source")
-    booleans = ("data.allow_changes", "log.tensorboard", "export.at_end", "checkpoint.checksums")
-    assert {field for field in fields if not field.startswith((*paths, *booleans))} == set(checks.RANGES)
+def test_what_follows_from_other_fields_follows_them():
+    config = command_line.from_command_line(
+        ["--config=base", "--config.data.seq_len=300", "--config.data.images_per_row=3", "--config.data.batch_size=24"]
+    )
+    resolved = config.resolved()
+    assert resolved.train.loss_chunk == 100  # the largest divisor of 300 that is no larger than 128
+    assert resolved.data.patches_per_row == 3 * 70 * 2**2
+    assert resolved.evaluators["eval"].batch_size == 24
+    assert config.data.patches_per_row == 0
+
+
+def test_every_field_says_what_it_means():
+    """And every number and word has a rule, but for those of the mesh, which are checked where it is made."""
+    free = ("model", "data.sources", "evaluators", "mesh", "optimizer.groups")
+    for path, item in fields_below(RunConfig):
+        assert item.metadata["meaning"].endswith((".", "NAME"))
+        is_free = path.startswith(free) or item.type in (bool, "bool")
+        assert is_free or item.metadata["rule"] is not None, path
+
+
+def fields_below(kind, prefix=""):
+    hints = get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        hint = hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            yield from fields_below(hint, f"{prefix}{item.name}.") if hint is not Gemma4Config else ()
+        else:
+            yield f"{prefix}{item.name}", item
 
 
 @pytest.mark.parametrize(
@@ -102,7 +140,7 @@ def test_every_number_and_word_outside_the_model_has_a_rule():
     ],
 )
 def test_nearest_field(mistake, meant):
-    assert checks.nearest(mistake, checks.leaves(run_config.base.get_config().to_dict())) == meant
+    assert nearest(mistake, leaf_names(RunConfig)) == meant
 
 
 def test_a_mistake_is_found_before_anything_heavy_is_imported():

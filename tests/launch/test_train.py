@@ -20,7 +20,7 @@ SHORT = {
     "model.text.num_kv_shared_layers": 0,
     "train.num_steps": 2,
     "optimizer.warmup_steps": 1,
-    "eval.num_documents": 2,
+    "evaluators.eval.num_documents": 2,
 }
 
 

@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from gemma4_jax.launch import run_config
+from gemma4_jax.launch import command_line
 
 
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> ConfigDict:
     """tiny.py, in a run directory of the test's own."""
-    config = run_config.load(Path(__file__).parent / "tiny.py")
+    config = command_line.load(Path(__file__).parent / "tiny.py")
     config.run_dir = str(tmp_path / "run")
     return config
 

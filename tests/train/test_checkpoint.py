@@ -13,8 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from gemma4_jax.checkpoints.integrity import CHECKSUMS, FROZEN, newest_intact, verify
+from gemma4_jax.checkpoints.parameters import CheckpointParameters
 from gemma4_jax.errors import InputError
-from gemma4_jax.hf.integrity import CHECKSUMS, newest_intact, verify
 from gemma4_jax.layers import Buffer
 from gemma4_jax.train import checkpoint
 from gemma4_jax.train.checkpoint import Checkpoints
@@ -28,7 +29,7 @@ def make_state(size: int = 4) -> TrainState:
     params = nnx.State(
         {
             "embedder": {"table": nnx.Param(jnp.arange(8.0).reshape(4, 2), axes=("vocab", "embed"))},
-            "layers": {0: {"scale": nnx.Param(jnp.ones(size), axes=("norm",))}},
+            "layers": {0: {"scale": nnx.Param(jnp.ones(size), axes=("embed",))}},
         }
     )
     optimizer = optax.adam(0.1)
@@ -66,6 +67,33 @@ def test_restores_all_of_it_and_the_data_of_the_same_step(run_dir: Path):
     for given, expected in zip(jax.tree.leaves(restored)[:-1], jax.tree.leaves(state)[:-1], strict=True):
         np.testing.assert_array_equal(given, expected)
         assert given.dtype == expected.dtype
+    checkpoints.close()
+
+
+def test_what_no_step_changes_is_written_once_and_is_part_of_every_checkpoint(run_dir: Path):
+    names = {path.split("/")[-1] for path in CheckpointParameters(run_dir, 6).shapes}
+    assert names == {"embedder.table", "layers.0.scale", "layers.0.bound"}
+    stored = {path.name for path in (run_dir / FROZEN).iterdir()}
+    assert stored >= {"model", CHECKSUMS}
+    before = {path: path.stat().st_mtime_ns for path in (run_dir / FROZEN).rglob("*")}
+    checkpoints = Checkpoints(run_dir, keep=2)
+    checkpoints.save(8, make_state(), make_iterator())
+    checkpoints.close()
+    assert {path: path.stat().st_mtime_ns for path in (run_dir / FROZEN).rglob("*")} == before
+    flip(next(path for path in (run_dir / FROZEN / "model").rglob("*") if path.is_file() and path.stat().st_size))
+    with pytest.raises(InputError, match=rf"{run_dir / FROZEN}, a part of every checkpoint of this run, is damaged"):
+        newest_intact(run_dir)
+
+
+def test_what_a_start_without_a_checkpoint_left_is_replaced(tmp_path: Path):
+    (tmp_path / FROZEN / "model").mkdir(parents=True)
+    (tmp_path / FROZEN / "model" / "half").write_text("half")
+    checkpoints, state = Checkpoints(tmp_path, keep=1), make_state()
+    checkpoints.save(1, state, make_iterator())
+    checkpoints.wait()
+    assert not (tmp_path / FROZEN / "model" / "half").exists()
+    restored = checkpoints.restore(1, abstract_of(state), make_iterator())
+    assert restored.frozen["layers"][0]["bound"].get_value() == -jnp.inf
     checkpoints.close()
 
 

@@ -10,13 +10,14 @@ from flax import nnx
 
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import AudioConfig, Gemma4Config
-from gemma4_jax.launch import run_config
+from gemma4_jax.launch import command_line
 from gemma4_jax.sharding import batch_sharding, make_mesh, param_shardings
 from gemma4_jax.sizes import SIZES
 from gemma4_jax.train.program import make_program
 from gemma4_jax.train.state import create_state
 from gemma4_jax.train.step import StepMetrics
 from tests.hf import samples
+from tests.train.tiny import typed
 
 LENGTH = 32
 """Tokens of a row."""
@@ -46,14 +47,14 @@ def rows_of(config: Gemma4Config, *, with_images: bool) -> Batch:
 
 def take_step(config: Gemma4Config, batch: Batch, sizes: dict[str, int], num_pieces: int) -> StepMetrics:
     """The metrics of the first step from the weights of tests/hf/samples.py, which depend on a tensor's name alone."""
-    run = run_config.load(Path(__file__).parent / "tiny.py")
+    run = command_line.load(Path(__file__).parent / "tiny.py")
     run.data.batch_size, run.train.loss_chunk, run.train.grad_accum_steps = len(batch.tokens), LENGTH // 2, num_pieces
     mesh = make_mesh(sizes, jax.devices()[: 2 if sizes else 1])
-    program = make_program(run, config, mesh)
+    program = make_program(dataclasses.replace(typed(run), model=config), mesh)
     values = nnx.state(samples.model(config, samples.lively_weights(config)))
     with jax.set_mesh(mesh):
         values = jax.device_put(values, param_shardings(values, mesh))
-        state = create_state(program.state, config, program.config, values)
+        state = create_state(program.state, program.config, values)
         return jax.device_get(program.train_step(state, jax.device_put(batch, batch_sharding(mesh)))[1])
 
 

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from gemma4_jax.errors import InputError
-from gemma4_jax.launch.run_config import model_config
 from gemma4_jax.train.fingerprints import check_data
 from gemma4_jax.train.loop import train
+from tests.train.tiny import typed
 
 BEFORE = {"mine": {"kind": "jsonl", "documents": 20, "bytes": 400}, "digits": {"kind": "digits", "version": 1}}
 CHANGED = BEFORE | {"mine": {"kind": "jsonl", "documents": 21, "bytes": 420}}
@@ -44,21 +44,21 @@ def test_a_run_knows_its_data_wherever_it_lies(shallow_config, tmp_path, monkeyp
     config = shallow_config
     lines = [json.dumps({"text": f"document {i}\n"}) for i in range(50)]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
-    config.data.mixture, config.data.sources = {"mine": 1.0}, {"mine": f"jsonl:{tmp_path}/mine.jsonl"}
-    config.data.images_per_row, config.optimizer.learning_rate_scale.vision = 0, 0.0
+    config.data.sources = {"mine": {"path": f"{tmp_path}/mine.jsonl"}}
+    config.data.images_per_row = 0
     config.train.num_steps, config.optimizer.warmup_steps = 1, 0
-    train(config, model_config(config))
+    train(typed(config))
 
     (tmp_path / "moved").mkdir()
     (tmp_path / "mine.jsonl").rename(tmp_path / "moved" / "mine.jsonl")
     monkeypatch.chdir(tmp_path / "moved")
-    config.data.sources, config.train.num_steps = {"mine": "jsonl:./mine.jsonl"}, 2
-    assert train(config, model_config(config))["steps"] == 2
+    config.data.sources, config.train.num_steps = {"mine": {"path": "./mine.jsonl"}}, 2
+    assert train(typed(config))["steps"] == 2
 
     (tmp_path / "moved" / "mine.jsonl").write_text("\n".join([*lines, "not json"]))
     config.train.num_steps = 3
     with pytest.raises(InputError, match=r"of source 'mine' .*documents was 50 and is 51.*data\.allow_changes=true"):
-        train(config, model_config(config))
+        train(typed(config))
     config.data.allow_changes = True
-    assert train(config, model_config(config))["steps"] == 3
+    assert train(typed(config))["steps"] == 3
     assert "goes on although the data has changed: of source 'mine'" in capsys.readouterr().out

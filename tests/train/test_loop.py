@@ -9,15 +9,16 @@ import pytest
 
 from gemma4_jax.errors import InputError
 from gemma4_jax.hf.save import export_state
-from gemma4_jax.launch.run_config import model_config
 from gemma4_jax.sharding import make_mesh
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train import loop
 from gemma4_jax.train.checkpoint import Checkpoints
+from gemma4_jax.train.evaluators.answers import Answers
 from gemma4_jax.train.initialize import initial_values
 from gemma4_jax.train.loop import train
 from gemma4_jax.train.program import make_program
 from gemma4_jax.train.state import create_state
+from tests.train.tiny import typed
 
 SUMMARY = [
     "steps", "eval_loss", "eval_exact_match", "eval_exact_match_blank_images", "tokens_per_second",
@@ -31,7 +32,7 @@ def short_config(shallow_config):
     shallow_config.mesh.data, shallow_config.mesh.fsdp = -1, 1
     shallow_config.train.num_steps, shallow_config.log.every_steps = 5, 2
     shallow_config.checkpoint.every_steps, shallow_config.checkpoint.keep = 2, 2
-    shallow_config.eval.every_steps, shallow_config.eval.num_documents = 3, 8
+    shallow_config.evaluators.eval.every_steps, shallow_config.evaluators.eval.num_documents = 3, 8
     return shallow_config
 
 
@@ -41,12 +42,12 @@ def records_of(run_dir: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_run_leaves_everything_and_a_finished_one_is_left_alone(short_config, capsys, monkeypatch):
-    events, save, evaluate = [], Checkpoints.save, loop.evaluate
+    events, save, measure = [], Checkpoints.save, Answers.measure
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: events.append(step) or save(self, step, *rest))
-    monkeypatch.setattr(loop, "evaluate", lambda *args, **kw: events.append("evaluate") or evaluate(*args, **kw))
-    summary = train(short_config, model_config(short_config))
+    monkeypatch.setattr(Answers, "measure", lambda *args, **kw: events.append("measure") or measure(*args, **kw))
+    summary = train(typed(short_config))
     # What is due at the same step is saved first. The last evaluation is that of blank images.
-    assert events == [2, "evaluate", 4, 5, "evaluate", "evaluate"]
+    assert events == [2, "measure", 4, 5, "measure", "measure"]
     said = [line.split(" in ")[0] for line in capsys.readouterr().out.splitlines() if not line.startswith("step")]
     stages = ["opened the data", "made the parameters", "compiled the training step", "compiled the evaluation"]
     assert said[1:8:2] == stages
@@ -66,12 +67,12 @@ def test_a_run_leaves_everything_and_a_finished_one_is_left_alone(short_config, 
     assert page.count("<figure") == 8
 
     before = (run_dir / "metrics.jsonl").read_bytes()
-    assert train(short_config, model_config(short_config)) == summary
+    assert train(typed(short_config)) == summary
     assert "nothing left to do" in capsys.readouterr().out
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
     short_config.train.num_steps = 6
-    assert train(short_config, model_config(short_config))["steps"] == 6
+    assert train(typed(short_config))["steps"] == 6
     assert [r["step"] for r in records_of(run_dir) if "loss" in r] == [2, 4, 5, 6]
 
 
@@ -103,10 +104,10 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(break_it, 
 
     monkeypatch.setattr(loop._Run, "_next_batch", break_third)
     short_config.checkpoint.every_steps = short_config.checkpoint.keep = 1
-    short_config.eval.num_documents = 2
+    short_config.evaluators.eval.num_documents = 2
     advice = ".* less than optimizer.learning_rate=0.003, perhaps from the checkpoint of step 2 of this one"
     with pytest.raises(InputError, match=says + advice):
-        train(short_config, model_config(short_config))
+        train(typed(short_config))
     run_dir = Path(short_config.run_dir)
     assert records_of(run_dir)[-1]["step"] == 3
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["2"]
@@ -116,10 +117,10 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(break_it, 
 
 @pytest.mark.slow
 def test_what_begins_broken_blames_what_it_begins_from(short_config, tmp_path):
-    model = model_config(short_config)
+    model = typed(short_config).model
     mesh = make_mesh(short_config.mesh.to_dict())
-    program = make_program(short_config, model, mesh)
-    state = create_state(program.state, model, program.config)
+    program = make_program(typed(short_config), mesh)
+    state = create_state(program.state, program.config)
     table = state.trained["embedder"]["table"]
     table.set_value(table.get_value().at[3, 4].set(np.nan))
     export_state(state.model, model, tmp_path / "hf", tokenizer=Tokenizer.load("bundled"), max_soft_tokens=70)
@@ -128,14 +129,14 @@ def test_what_begins_broken_blames_what_it_begins_from(short_config, tmp_path):
         r"from_hf='.*hf' holds values that are infinite or not numbers, in model.language_model.embed_tokens.weight:"
     )
     with pytest.raises(InputError, match=named):
-        initial_values(short_config.init, model, program.state, tmp_path)
+        initial_values(typed(short_config), program.state, tmp_path)
 
 
 @pytest.mark.slow
 def test_text_alone(short_config):
-    short_config.data.mixture = {"python": 1.0}
-    short_config.data.images_per_row, short_config.optimizer.learning_rate_scale.vision = 0, 0.0
-    summary = train(short_config, model_config(short_config))
-    assert summary["eval_exact_match"] is None
+    short_config.data.sources.digits.weight = 0.0
+    short_config.data.images_per_row = 0
+    summary = train(typed(short_config))
+    assert "eval_exact_match" not in summary
     assert summary["eval_loss"] > 0
     assert records_of(Path(short_config.run_dir))[0]["images"] == 0

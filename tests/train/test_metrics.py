@@ -72,7 +72,7 @@ def test_log_is_one_line_per_step_across_a_crash(tmp_path: Path):
 def test_tensorboard_files(tmp_path: Path):
     log = MetricsLog(tmp_path, 0, tensorboard=True)
     log.write({"step": 1, "steps": 1, "loss": 1.5, "expert_load": [[0.5, 0.5]]})
-    log.write({"step": 1, "eval_loss": 2.5})
+    log.write({"step": 1, "eval_loss": 2.5}, group="eval")
     log.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()

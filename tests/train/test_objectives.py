@@ -1,5 +1,7 @@
 """What is minimised is handed in: the means of an objective, each with its own weight and coefficient."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,12 @@ from flax import nnx
 from gemma4_jax.ops.cross_entropy import token_log_probs
 from gemma4_jax.sharding import batch_sharding, make_mesh, param_shardings
 from gemma4_jax.train.objectives import Mean
-from gemma4_jax.train.optimizer import make_optimizer
+from gemma4_jax.train.optimizer import make_schedule
 from gemma4_jax.train.program import make_program
-from gemma4_jax.train.state import create_state, shardings_of
-from gemma4_jax.train.step import make_train_step
+from gemma4_jax.train.state import create_state
 from tests.hf import samples
 from tests.train.test_combinations import LENGTH, TEXT, rows_of
+from tests.train.tiny import typed
 
 
 def confident(model, batch):
@@ -35,8 +37,10 @@ def test_a_stranger_brings_an_objective_of_means_with_weights_of_their_own(tiny_
     tiny_config.data.batch_size, tiny_config.train.loss_chunk = len(batch.tokens), LENGTH
     mesh = make_mesh({}, jax.devices()[:1])
     values = nnx.state(samples.model(TEXT, samples.lively_weights(TEXT)))
-    program = make_program(tiny_config, TEXT, mesh)
-    optimizer = make_optimizer(tiny_config.optimizer, tiny_config.train.num_steps)
+    tiny_config.train.grad_accum_steps = 2
+    run = dataclasses.replace(typed(tiny_config), model=TEXT)
+    program = make_program(run, mesh, confident)
+    schedule = make_schedule(run.optimizer, run.train.num_steps)
 
     def whole(trained, frozen):
         means = confident(nnx.merge(program.graphdef, trained, frozen), batch)
@@ -45,14 +49,13 @@ def test_a_stranger_brings_an_objective_of_means_with_weights_of_their_own(tiny_
 
     with jax.set_mesh(mesh):
         values = jax.device_put(values, param_shardings(values, mesh))
-        state = create_state(program.state, TEXT, program.config, values)
+        state = create_state(program.state, program.config, values)
         gradients, expected = jax.jit(jax.grad(whole, has_aux=True))(state.trained, state.frozen)
         norm = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradients))))
-        step = make_train_step(program.graphdef, confident, optimizer, shardings_of(program.state), microbatches=2)
-        _, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+        _, metrics = program.train_step(state, jax.device_put(batch, batch_sharding(mesh)))
     # float32 sums in another order: the largest measured difference is 2e-7 of a value.
     for name, value in expected.items():
         np.testing.assert_allclose(metrics.means[name], value, rtol=2e-6, err_msg=name)
     np.testing.assert_allclose(metrics.grad_norm, norm, rtol=2e-6)
-    np.testing.assert_allclose(metrics.learning_rate, optimizer.schedule(0), rtol=1e-6)
+    np.testing.assert_allclose(metrics.learning_rate, schedule(0), rtol=1e-6)
     assert bool(metrics.is_sane)

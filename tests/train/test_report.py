@@ -6,11 +6,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from gemma4_jax.data.pipeline import EvalItem
 from gemma4_jax.data.tally import COUNTERS
-from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.charts import heat_map, line_chart, ticks
-from gemma4_jax.train.evaluate import Reading
+from gemma4_jax.train.evaluators.answers import Reading
 from gemma4_jax.train.report import summarize, write_report, write_summary
 
 
@@ -37,23 +35,22 @@ def test_summary_of_records():
 
 
 def test_report_is_one_page_that_needs_nothing_else(tmp_path: Path):
-    tokenizer = Tokenizer.load("bundled")
     pixels = np.zeros((16, 24, 3), np.uint8)
     readings = [
-        Reading(EvalItem(0, 4, 7, "12", pixels), tokenizer.encode("12"), True),
-        Reading(EvalItem(0, 4, 7, "<34>", pixels), tokenizer.encode("74"), False),
+        Reading("read: ", "12", "12", True, pixels),
+        Reading("what <b>? ", "<34>", "74", False, None),
     ]
     records = [record(10), {"step": 10, "eval_loss": 2.0, "eval_exact_match": 0.5}, record(20)]
-    write_report(tmp_path, "a <run>", {"steps": 20, "eval_loss": 2.0}, records, readings, tokenizer)
+    write_report(tmp_path, "a <run>", {"steps": 20, "eval_loss": 2.0}, records, readings, ["eval"])
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"https?://|src=\"(?!data:)|<script|<link", page)
     assert "a &lt;run&gt;" in page
     assert page.count('figure class="right"') == 1
     assert page.count('figure class="wrong"') == 1
-    assert "truth &lt;34&gt;\nread  <b>74</b>" in page
+    assert "what &lt;b&gt;? \ntruth &lt;34&gt;\nwrote <b>74</b>" in page
     for title in (
         "Loss",
-        "Held-out images read exactly",
+        "Exact answers (%)",
         "Learning rate",
         "Gradient norm",
         "Tokens per second",
@@ -71,7 +68,7 @@ def counted(**counts: int) -> dict[str, int]:
 
 def shown(tmp_path: Path, summary: dict, records: list[dict] | None = None) -> str:
     """The report of a summary, its text alone."""
-    write_report(tmp_path, "run", summary, records or [], [], Tokenizer.load("bundled"))
+    write_report(tmp_path, "run", summary, records or [], [], [])
     page = (tmp_path / "report.html").read_text()
     return " ".join(re.sub(r"<style>.*?</style>|</?b>|<[^>]*>", " ", page, flags=re.DOTALL).split())
 
@@ -84,7 +81,7 @@ def test_figures_are_for_people(tmp_path: Path):
     }  # fmt: skip
     text = shown(tmp_path, summary)
     for words in (
-        "steps 1,200 held-out loss 2.129 nats per token tokens per second 4,322",
+        "steps 1,200 eval loss 2.129 nats per token tokens per second 4,322",
         "time of a step (median) 0.21 s waiting for data 0.4% compilation 53.8 s host memory at its peak 1.0 GiB",
         "time of this start in all 2 min 43 s parameters 660,272",
         "Training data source documents read packed images split over rows shortened left out mine 1 1 0 0 0 none",

@@ -5,17 +5,19 @@ from pathlib import Path
 import pytest
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.fields import to_dict
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.run_dir import open_run_dir, run_tokenizer
+from tests.train.tiny import typed
 
 
 def open_tiny(config) -> Path:
-    return open_run_dir(config, run_tokenizer(config))
+    return open_run_dir(typed(config), run_tokenizer(typed(config)))
 
 
 def test_keeps_the_config_and_what_it_ran_on(tiny_config):
     run_dir = open_tiny(tiny_config)
-    assert json.loads((run_dir / "config.json").read_text()) == json.loads(json.dumps(tiny_config.to_dict()))
+    assert json.loads((run_dir / "config.json").read_text()) == json.loads(json.dumps(to_dict(typed(tiny_config))))
     versions = json.loads((run_dir / "versions.json").read_text())
     assert versions["packages"]["jax"]
     assert versions["command"]
@@ -30,10 +32,14 @@ def test_a_different_config_is_refused_by_field(tiny_config):
     before = (run_dir / "config.json").read_text()
     tiny_config.optimizer.learning_rate = 0.5
     tiny_config.model.text.mlp_dim = 48
-    tiny_config.data.mixture = {"digits": 1.0}
+    tiny_config.data.sources.python.weight = 0.5
     with pytest.raises(InputError) as error:
         open_tiny(tiny_config)
-    for field in ("optimizer.learning_rate was 0.003 and is now 0.5", "model.text.mlp_dim", "data.mixture.python"):
+    for field in (
+        "optimizer.learning_rate was 0.003 and is now 0.5",
+        "model.text.mlp_dim",
+        "data.sources.python.weight was 0.1",
+    ):
         assert field in str(error.value)
     assert (run_dir / "config.json").read_text() == before
 
@@ -43,11 +49,21 @@ def test_fields_that_may_change(tiny_config):
     tiny_config.train.num_steps += 5
     tiny_config.log.every_steps = 3
     tiny_config.mesh.fsdp = 2
-    tiny_config.eval.num_documents = 4
-    tiny_config.data.sources = {"mine": "jsonl:moved/mine.jsonl"}
+    tiny_config.evaluators.eval.num_documents = 4
+    tiny_config.data.sources.digits.path = "moved"
+    with tiny_config.unlocked():
+        tiny_config.data.sources.only_evaluated = {"kind": "jsonl", "path": "mine.jsonl", "weight": 0.0}
     tiny_config.data.allow_changes = True
     open_tiny(tiny_config)
     assert json.loads((run_dir / "config.json").read_text())["log"]["every_steps"] == 3
+
+
+def test_a_run_of_an_earlier_version_is_named_as_one(tiny_config):
+    run_dir = open_tiny(tiny_config)
+    saved = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(saved | {"eval": saved.pop("evaluators")}))
+    with pytest.raises(InputError, match=r"a run of an earlier version of this package.*init\.from_run="):
+        open_tiny(tiny_config)
 
 
 @pytest.mark.parametrize("place", ["file/run", "/proc/run"])
@@ -88,7 +104,7 @@ def test_a_run_goes_on_when_all_it_began_from_has_moved(tiny_config, tmp_path: P
     tiny_config.tokenizer, tiny_config.init.from_hf = str(tmp_path / "moved"), str(tmp_path / "moved")
     assert open_tiny(tiny_config) == run_dir
     shutil.rmtree(tmp_path / "moved")
-    assert run_tokenizer(tiny_config).path == run_dir / "tokenizer" / "tokenizer.json"
+    assert run_tokenizer(typed(tiny_config)).path == run_dir / "tokenizer" / "tokenizer.json"
     monkeypatch.chdir("/")
     assert open_tiny(tiny_config) == run_dir
 

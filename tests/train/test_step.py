@@ -1,29 +1,28 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from gemma4_jax.data.pipeline import make_train_iterator
-from gemma4_jax.launch.run_config import model_config
 from gemma4_jax.sharding import batch_sharding, make_mesh
 from gemma4_jax.tokenizer import Tokenizer
-from gemma4_jax.train.optimizer import group_of
 from gemma4_jax.train.program import make_program
 from gemma4_jax.train.state import create_state
+from tests.train.tiny import FREEZE_VISION, typed
 
 
 class Session:
     """A state, a step and batches, on one device or with everything spread over some."""
 
     def __init__(self, config, num_devices=1):
-        model = model_config(config)
         self.mesh = make_mesh({"fsdp": num_devices}, jax.devices()[:num_devices])
-        self.iterator = make_train_iterator(config, model, Tokenizer.load("bundled"))
+        self.iterator = make_train_iterator(typed(config).resolved(), Tokenizer.load("bundled"))
         with jax.set_mesh(self.mesh):
-            program = make_program(config, model, self.mesh)
-            self.state, self.step = create_state(program.state, model, program.config), program.train_step
+            program = make_program(typed(config), self.mesh)
+            self.state, self.step = create_state(program.state, program.config), program.train_step
 
     def run(self, state, batch):
         with jax.set_mesh(self.mesh):
@@ -60,7 +59,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(shallow_config):
 
 @pytest.mark.slow
 def test_frozen_group_stays_bit_identical_and_the_rest_learns(shallow_config):
-    shallow_config.optimizer.learning_rate_scale.vision = 0.0
+    shallow_config.optimizer.groups = FREEZE_VISION
     session = Session(shallow_config)
     before, state, losses = arrays(session.state.model), session.state, []
     batch = next(session.iterator)
@@ -68,15 +67,33 @@ def test_frozen_group_stays_bit_identical_and_the_rest_learns(shallow_config):
         state, metrics = session.run(state, batch)
         losses.append(float(metrics.means["loss"]))
     after, trained = arrays(state.model), arrays(state.trained)
-    assert trained.keys() == {
-        path for path in arrays(nnx.filter_state(state.model, nnx.Param)) if group_of(path) != "vision"
-    }
+    is_vision = {path: path[0] in ("vision", "image_projection") for path in before}
+    assert trained.keys() == {path for path in arrays(nnx.filter_state(state.model, nnx.Param)) if not is_vision[path]}
     for path in before:
         is_same = np.array_equal(before[path], after[path])
         assert is_same == (path not in trained), path
     assert losses[-1] < losses[0]
     frozen_names = {path[0] for path in arrays(state.opt_state[1].mu)}
     assert not frozen_names & {"vision", "image_projection"}
+
+
+@pytest.mark.slow
+def test_frozen_parameters_may_be_kept_in_bfloat16(shallow_config):
+    shallow_config.optimizer.groups = FREEZE_VISION
+    whole = Session(shallow_config)
+    shallow_config.train.frozen_dtype = "bfloat16"
+    half = Session(shallow_config)
+    batch = next(whole.iterator)
+    for path, value in arrays(nnx.filter_state(half.state.frozen, nnx.Param)).items():
+        assert path[0] in ("vision", "image_projection")
+        assert value.dtype == jnp.bfloat16
+    for (path, leaf), other in zip(
+        nnx.to_flat_state(half.state.trained), jax.tree.leaves(whole.state.trained), strict=True
+    ):
+        np.testing.assert_array_equal(leaf.get_value(), other, err_msg=str(path))
+    losses = [float(session.run(session.state, batch)[1].means["loss"]) for session in (whole, half)]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -1,23 +1,22 @@
 """Supervised training: the cross entropy of the next token, and the load balance of the experts."""
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from gemma4_jax.batch import Batch
 from gemma4_jax.model import Gemma4
 from gemma4_jax.ops.cross_entropy import token_log_probs
+from gemma4_jax.run_config import TrainConfig
 from gemma4_jax.train.objectives import Mean, Objective
 
 
-def sft(train: Any) -> Objective:
+def sft(train: TrainConfig) -> Objective:
     """The objective of pre-training and of supervised fine-tuning.
 
     Its means: loss, cross entropy in nats over the loss weights; where there are experts load_balance_loss, over
     layers, 1 when perfectly even; and expert_load, [L, E] share of the choices that went to each expert.
 
     Args:
-      train: `config.train`; loss_chunk and load_balance_weight are read.
+      train: loss_chunk and load_balance_weight are read; the chunk divides the positions of a row.
     """
 
     def objective(model: Gemma4, batch: Batch) -> dict[str, Mean]:

@@ -1,11 +1,11 @@
-"""From a command line to a checked run config. Nothing here imports jax."""
+"""The door: from a command line to a RunConfig. Nothing here imports jax."""
 
 import ast
 import inspect
 import re
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,19 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gemma4_jax import configs
-from gemma4_jax.config import Gemma4Config
-from gemma4_jax.configs import base
 from gemma4_jax.errors import InputError
+from gemma4_jax.fields import accepted_type, leaf_names, nearest, unknown_field
 from gemma4_jax.files import local_path
-from gemma4_jax.launch import checks
+from gemma4_jax.run_config import RunConfig
 
 
-def from_command_line(arguments: Sequence[str], command_flags: flags.FlagValues | None = None) -> ConfigDict:
+def from_command_line(arguments: Sequence[str], command_flags: flags.FlagValues | None = None) -> RunConfig:
     """The run config that a command line asks for.
 
     Args:
       arguments: `--config=FILE_OR_NAME` or `--config=FILE_OR_NAME:ARGUMENT`, any number of `--config.FIELD=VALUE`,
         and flags of the command.
       command_flags: flags of the command beside the config; parsed in place.
-    Returns:
-      The locked, checked config.
     Raises:
       InputError: anything at all is wrong with it.
     """
@@ -43,32 +40,10 @@ def from_command_line(arguments: Sequence[str], command_flags: flags.FlagValues 
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["gemma4", *rest])
         positional = values(["gemma4", *rest])[1:]
     except flags.Error as error:
-        raise InputError(_flag_sentence(error, config)) from error
+        raise InputError(_flag_sentence(error)) from error
     if positional:
         raise InputError(f"{positional[0]!r} is not expected here: give fields as --config.FIELD=VALUE.")
-    check(config.lock())  # the flags have written into it
-    return config
-
-
-def check(config: ConfigDict) -> None:
-    """Checks all of a run config that can be checked without jax.
-
-    Raises:
-      InputError: the first thing that is wrong.
-    """
-    # E2B has every tower, so its config has every field of the architecture.
-    checks.check_structure(config.to_dict(), base.get_config("e2b").to_dict())
-    checks.check_values(config)
-    model_config(config)
-
-
-def model_config(config: ConfigDict) -> Gemma4Config:
-    """The architecture that the section `model` describes.
-
-    Raises:
-      InputError: its fields do not describe a possible model.
-    """
-    return Gemma4Config.from_dict(config.model.to_dict())
+    return RunConfig.from_dict(config.to_dict())
 
 
 def shipped() -> dict[str, Path]:
@@ -103,7 +78,7 @@ def find(given: str) -> tuple[Path, str | None]:
         return shipped()[name], argument
     path = local_path(name)
     if path.suffix != ".py":
-        near = checks.nearest(path.stem, shipped())
+        near = nearest(path.stem, shipped())
         raise InputError(
             f"--config={given} is neither a .py file nor a shipped config: "
             f"shipped are {', '.join(shipped())}, and the nearest is {near}."
@@ -164,7 +139,7 @@ def _file_sentence(path: Path, error: Exception) -> str:
         text = " ".join(str(error).split())
     missing = re.search(r'Key "(\w+)" does not exist', text)
     if missing:
-        near = checks.nearest(missing[1], checks.leaves(base.get_config("e2b").to_dict()))
+        near = nearest(missing[1], leaf_names(RunConfig))
         text = f"there is no field {missing[1]}, the nearest is {near}"
     where = f", line {lines[-1]}" if lines else ""
     return f"config file {path}{where}: {type(error).__name__}: {textwrap.shorten(text, 200).rstrip('.')}."
@@ -188,30 +163,48 @@ def _check_flags(arguments: Sequence[str], command_flags: flags.FlagValues) -> N
     for argument in arguments:
         match = re.match(r"--?([A-Za-z][^=]*)", argument)
         if match and not re.match(r"(no)?config\.", match[1]) and match[1] not in command_flags:
-            near = checks.nearest(match[1], ["config", *command_flags])
+            near = nearest(match[1], ["config", *command_flags])
             raise InputError(f"{argument} is not possible: there is no such flag, the nearest is --{near}.")
 
 
 def _check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
     """Refuses fields that do not exist, while what they were given is still at hand."""
-    known = checks.leaves(config.to_dict())
-    sections = {leaf[: dot.start()] for leaf in known for dot in re.finditer(r"\.", leaf)}
+    known = _values(config.to_dict())
     for argument in arguments:
         match = re.fullmatch(r"--?(?:no)?config\.([^=]*)(=.*)?", argument, re.DOTALL)
-        if match is None or match[1] in sections:
+        if match is None:
             continue
         path, value = match[1], match[2] or ""
+        section, _, name = path.rpartition(".")
+        if path not in known and isinstance(known.get(section), Mapping) and section in _FREE:
+            raise InputError(
+                f"{path}{value} is not possible: {section} has no {name!r} to change, so give all of it, "
+                f'--config.{section}="{{{name!r}: {{...}}}}".'
+            )
         if path not in known:
-            raise checks.unknown_field(path, value, known)
+            raise unknown_field(path, value, [*known, *leaf_names(RunConfig)])
         if known[path] is None:
             raise InputError(f"{path}{value} is not possible: it is None here, and only a config file can set it.")
 
 
-def _flag_sentence(error: flags.Error, config: ConfigDict) -> str:
+_FREE = ("data.sources", "evaluators")
+"""Sections whose names are the user's."""
+
+
+def _values(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> {dotted path: value}, sections among them."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat[f"{prefix}{name}"] = value
+        if isinstance(value, Mapping):
+            flat |= _values(value, f"{prefix}{name}.")
+    return flat
+
+
+def _flag_sentence(error: flags.Error) -> str:
     """absl's error about a flag in our words, where it is about the value of a field."""
     text = " ".join(str(error).split())
     match = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
     if match is None:
         return text.rstrip(" ?.") + "."
-    example = checks.leaves(config.to_dict()).get(match[1], {})
-    return f"{match[1]}={match[2]!r} is not possible: it must be {checks.type_of(example).accepted}."
+    return f"{match[1]}={match[2]!r} is not possible: it must be {accepted_type(RunConfig, match[1])}."

@@ -14,10 +14,9 @@ import tensorstore
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from gemma4_jax.checkpoints.integrity import FROZEN, newest_intact
 from gemma4_jax.errors import InputError
-from gemma4_jax.hf.agreement import go_on
-from gemma4_jax.hf.integrity import newest_intact
-from gemma4_jax.hf.names import flatten_paths
+from gemma4_jax.processes import wait_for_first
 
 _SLAB_BYTES = 1 << 27
 
@@ -73,10 +72,19 @@ def _take_rows(array: jax.Array, start: int, rows: int) -> jax.Array:
 def _to_host(array: jax.Array) -> np.ndarray:
     """The values of an array, which does not keep them as np.asarray(array) would have it do."""
     if not array.is_fully_addressable:
-        go_on()
+        wait_for_first()
         return multihost_utils.process_allgather(array, tiled=True)
     shards = [shard.data for shard in array.addressable_shards]
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+
+
+def flatten_paths(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings, such as an nnx.State, to {dotted path: leaf}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat |= flatten_paths(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return flat
 
 
 def stored_arrays(folder: Path) -> dict[str, Any]:
@@ -109,12 +117,19 @@ class CheckpointParameters:
 
     Attributes:
       folder: of the checkpoint's model.
+      folders: where each array is: there, or in what all checkpoints of the run share.
     """
 
     def __init__(self, run_dir: Path, step: int | None = None) -> None:
         step = newest_intact(run_dir) if step is None else step
         self.folder = (run_dir / "checkpoints" / str(step) / "model").absolute()
-        self._leaves = stored_arrays(self.folder)
+        self._leaves: dict[str, Any] = {}
+        self.folders: dict[str, Path] = {}
+        shared = (run_dir / FROZEN / "model").absolute()
+        for folder in (shared, self.folder) if shared.exists() else (self.folder,):
+            leaves = stored_arrays(folder)
+            self._leaves |= leaves
+            self.folders |= dict.fromkeys(leaves, folder)
         self.shapes: Mapping[str, tuple[int, ...]] = {path: leaf.shape for path, leaf in self._leaves.items()}
         self.dtypes: Mapping[str, np.dtype] = {path: np.dtype(leaf.dtype) for path, leaf in self._leaves.items()}
         # An export goes through the arrays in the order of their paths.
@@ -152,7 +167,7 @@ class CheckpointParameters:
     def _begin_to_read(self, path: str, start: int) -> tuple[str, int, Any]:
         """(path, start, the future of the slab there)."""
         # Mapped, for read into memory that is new each time it takes three times as long.
-        base = {"driver": "file", "path": f"{self.folder}/", "file_io_mode": {"mode": "memmap"}}
+        base = {"driver": "file", "path": f"{self.folders[path]}/", "file_io_mode": {"mode": "memmap"}}
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
         array = tensorstore.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
         if array.ndim:

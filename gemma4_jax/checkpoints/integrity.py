@@ -2,6 +2,7 @@
 
 RUN_DIR/checkpoints/STEP/checksums.json has the size and the CRC-32 of every file of the items beside it. It is written
 before the folder gets its name, so a whole checkpoint is never without it, unless it is older than these checksums.
+RUN_DIR/frozen, what all checkpoints of a run share, has one too.
 """
 
 import json
@@ -17,6 +18,9 @@ from gemma4_jax.files import write_atomically
 
 CHECKSUMS = "checksums.json"
 """The file in the folder of a checkpoint with sizes and checksums of the others."""
+
+FROZEN = "frozen"
+"""The folder in a run directory with what all its checkpoints share."""
 
 _PIECE_BYTES = 1 << 22
 _NUM_THREADS = 4
@@ -100,6 +104,11 @@ def newest_intact(run_dir: Path) -> int:
       InputError: there is none.
     """
     damaged: list[str] = []
+    if (run_dir / FROZEN).exists() and (damage := verify(run_dir / FROZEN).damage) is not None:
+        raise InputError(
+            f"{run_dir / FROZEN}, a part of every checkpoint of this run, is damaged: {damage}; restore its files, or "
+            "give another run."
+        )
     for step in reversed(checkpoint_steps(run_dir)):
         folder = run_dir / "checkpoints" / str(step)
         verdict = verify(folder)

@@ -1,0 +1,44 @@
+"""Our own shape of a record, text and images in any order:
+
+    {"segments": [{"image": "cat.png"}, {"text": "What is this? ", "loss": false}, {"text": "A cat.\\n"}]}
+    {"text": "A document of text alone; short for one text segment."}
+
+A text segment carries loss unless it says `"loss": false`. An image may bring its own budget: `"max_soft_tokens": 140`.
+"""
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from gemma4_jax.data.document import Document, Image, Text
+from gemma4_jax.data.tasks.caption import as_image
+from gemma4_jax.errors import InputError
+
+
+def segments(**record: Any) -> Document:
+    """The document that a record spells out; see this module's page."""
+    match record:
+        case {"text": str(text)} if len(record) == 1:
+            return Document((Text(text),))
+        case {"segments": [_, *_] as parts} if len(record) == 1:
+            return Document(tuple(map(_segment, parts)))
+    raise InputError('a record must be {"text": TEXT} or {"segments": [SEGMENT, ...]}, with nothing else.')
+
+
+def _segment(segment: Any) -> Text | Image:
+    match segment:
+        case {"text": str(text)} if segment.keys() <= {"text", "loss"}:
+            loss = segment.get("loss", True)
+            if isinstance(loss, bool):
+                return Text(text, loss)
+        case {"image": str() | bytes() | np.ndarray() | PIL.Image.Image()} if segment.keys() <= _IMAGE_FIELDS:
+            image = as_image(segment["image"])
+            return Image(image.content, segment.get("max_soft_tokens"), image.name)
+    raise InputError(
+        'a segment must be {"text": TEXT, "loss": true or false} or {"image": PATH, "max_soft_tokens": NUMBER}; '
+        "loss and max_soft_tokens may be left out."
+    )
+
+
+_IMAGE_FIELDS = {"image", "max_soft_tokens"}

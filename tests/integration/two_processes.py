@@ -1,0 +1,30 @@
+"""One of two processes of a run that is taken to its end, or as far as it says.
+
+python -m tests.integration.two_processes PROCESS PORT RUN_DIR NUM_STEPS
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+
+from gemma4_jax.launch import command_line
+from gemma4_jax.train.loop import train
+from tests.train.tiny import typed
+
+
+def main(process: str, port: str, run_dir: str, num_steps: str) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
+    config = command_line.load(Path(__file__).parents[1] / "train" / "tiny.py")
+    config.model.text.num_layers, config.model.text.num_kv_shared_layers = 2, 0
+    config.run_dir, config.train.num_steps = run_dir, int(num_steps)
+    config.mesh.data, config.mesh.fsdp = 1, 2
+    config.checkpoint.every_steps = config.evaluators.eval.every_steps = 2
+    config.evaluators.eval.num_documents = 4
+    print(sorted(train(typed(config)).items()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
