@@ -1,1 +1,1 @@
-"""Shipped run configs: each module is one experiment with a `get_config()`; `base` documents every field."""
+"""Shipped run configs: each module is one experiment with a `get_config()`."""

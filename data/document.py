@@ -1,6 +1,8 @@
 """`Document`: what every record becomes before it is encoded."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -28,11 +30,13 @@ class Image:
         of a file beside the records, which `data.documents` reads.
       max_soft_tokens: budget of this image; None is the run's `data.soft_tokens_per_image`.
       name: of its file, for messages; empty if it has none.
+      may_be_missing: whether the document goes on without it where it cannot be read.
     """
 
     content: np.ndarray | PIL.Image.Image | bytes | str
     max_soft_tokens: int | None = None
     name: str = ""
+    may_be_missing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +56,33 @@ Segment = Text | Image | Sound
 
 
 @dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages that the chat template of the model's tokenizer is to write, which `data.encode` knows and tasks do not.
+
+    Attributes:
+      messages: as `ChatTemplate.encode` takes them; {"type": "image"} and {"type": "audio"} stand for the segments of
+        the document, in their order.
+      tools: JSON schemas of functions; None if there are none.
+      num_learned: so many of the last turns of the model carry loss; None for all.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    num_learned: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Document:
     """Texts, images and sounds in reading order.
 
     Attributes:
-      segments: the parts, in order.
+      segments: the parts, in order; of a conversation, its images and sounds alone.
       name: of the record that it was made of, for messages; tasks leave it to `data.documents`.
+      conversation: None of a document that is no chat.
+      images_missing: images that it is known to have had, and has not.
     """
 
     segments: tuple[Segment, ...]
     name: str = ""
+    conversation: Conversation | None = None
+    images_missing: int = 0

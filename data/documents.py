@@ -44,6 +44,7 @@ class Documents:
         self._indices = indices
         self._required = sorted(required(parameters_of(task)) & columns.keys())
         self._takes_others = takes_others(task)
+        self._options = parameters_of(task).keys() - columns_of(task).keys()  # no record sets one
 
     def __len__(self) -> int:
         return len(self._source) if self._indices is None else len(self._indices)
@@ -58,7 +59,9 @@ class Documents:
         name = self._source.name(record)
         try:
             document = self._task(**self._arguments(self._source[record]))
-            return Document(self._read_files(document), name)
+            segments = self._read_files(document, record)
+            num_missing = document.images_missing + len(document.segments) - len(segments)
+            return dataclasses.replace(document, segments=segments, name=name, images_missing=num_missing)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
 
@@ -76,11 +79,12 @@ class Documents:
                 columns = ", ".join(map(str, record))
                 raise InputError(f"it has no column {self._columns[role]!r}: its columns are {columns:.200}.")
         if self._takes_others:
-            arguments |= {name: record[name] for name in record.keys() - set(self._columns.values())}
+            taken = {*self._columns.values(), *self._columns, *self._options}
+            arguments |= {name: record[name] for name in record.keys() - taken}
         return arguments
 
-    def _read_files(self, document: Document) -> tuple[Segment, ...]:
-        """The segments of a document, with the bytes of the files that they name."""
+    def _read_files(self, document: Document, record: int) -> tuple[Segment, ...]:
+        """The segments of a document with the bytes of the files that they name; without images that may be missing."""
         num_images = sum(isinstance(segment, Image) for segment in document.segments)
         if len(document.segments) > MAX_SEGMENTS or num_images > MAX_IMAGES:
             given = f"{len(document.segments)} segments with {num_images} images are"
@@ -89,7 +93,12 @@ class Documents:
         left = MAX_FILES_BYTES
         for segment in document.segments:
             if isinstance(segment, Image | Sound) and isinstance(segment.content, str):
-                content = self._source.read_file(segment.content, type(segment).__name__.lower())
+                try:
+                    content = self._source.read_file(record, segment.content, type(segment).__name__.lower())
+                except InputError:
+                    if isinstance(segment, Image) and segment.may_be_missing:
+                        continue
+                    raise
                 segment = dataclasses.replace(segment, content=content)
                 left -= len(content)
                 if left < 0:

@@ -8,7 +8,7 @@ import grain
 from gemma4_jax.batch import Batch
 from gemma4_jax.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
 """Of the state; a change that earlier states cannot be read with counts it up."""
 
 

@@ -5,6 +5,7 @@ import functools
 import grain
 
 from gemma4_jax.data.assemble import assemble
+from gemma4_jax.data.chat_templates import chat_template
 from gemma4_jax.data.documents import holds_back, open_documents
 from gemma4_jax.data.encode import Encoder, Example
 from gemma4_jax.data.iterator import TrainIterator
@@ -69,6 +70,7 @@ def _encoder(config: RunConfig, tokenizer: Tokenizer) -> Encoder:
             f"model.text.vocab_size={model.text.vocab_size} is too small for tokenizer={config.tokenizer!r}, "
             f"which has {tokenizer.vocab_size} tokens."
         )
+    chat_template(tokenizer)  # so that one that cannot be read is told before the first step
     return Encoder(tokenizer, model.vision, config.data.soft_tokens_per_image, model.audio)
 
 

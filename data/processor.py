@@ -15,7 +15,7 @@ from gemma4_jax.chat import ChatTemplate
 from gemma4_jax.config import AudioConfig, VisionConfig
 from gemma4_jax.data.assemble import assemble
 from gemma4_jax.data.document import Image, Sound
-from gemma4_jax.data.encode import Encoder, Example, expand
+from gemma4_jax.data.encode import Encoder, Example, check_places
 from gemma4_jax.data.images import ImagePatches
 from gemma4_jax.data.pack import RowShape, size_of
 from gemma4_jax.errors import InputError
@@ -165,23 +165,18 @@ class Processor:
         audios: Sequence[AudioInput],
     ) -> Example:
         """Puts in place of each <|image|> and <|audio|> what stands for the soft tokens of its image or sound."""
-        roles = self.tokenizer.tokens
-        for name, token, given in (("image", roles.image, images), ("audio", roles.audio, audios)):
-            if ids.count(token) != len(given):
-                what = {"image": "images", "audio": "sounds"}[name]
-                raise InputError(
-                    f"an input has {ids.count(token)} places for {what}, and {len(given)} are given: write <|{name}|> "
-                    f'in a text, or {{"type": "{name}"}} in a message, where each of them stands.'
-                )
-        patches, sounds = self._read(images, audios)
-        arrays = expand(ids, carries_loss, patches, sounds, roles)
-        return Example(*arrays, patches, "input", sounds)
+        check_places(ids, self.tokenizer.tokens, len(images), len(audios))  # before a file is opened
+        media = [_named_image(image) for image in images], [_named_sound(audio) for audio in audios]
+        return self._encoder().fill(ids, carries_loss, *media, "input")
+
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.vision, self.max_soft_tokens, self.audio)
 
     def _read(
         self, images: Sequence[ImageInput], audios: Sequence[AudioInput]
     ) -> tuple[tuple[ImagePatches, ...], tuple[np.ndarray, ...]]:
         """What the towers read of images and sounds."""
-        encoder = Encoder(self.tokenizer, self.vision, self.max_soft_tokens, self.audio)
+        encoder = self._encoder()
         patches = tuple(encoder.read_image(_named_image(image)) for image in images)
         return patches, tuple(encoder.read_sound(_named_sound(audio)) for audio in audios)
 

@@ -14,9 +14,9 @@ LEFT_OUT = {
 }
 """Counter of documents that are not trained on -> why."""
 
-COUNTERS = ("read", "documents", "images", "split", "shortened", *LEFT_OUT)
-"""What is counted of each source: documents read; documents and images packed; documents split into pieces, shortened,
-and left out. A document counts each time that it comes, in every epoch."""
+COUNTERS = ("read", "documents", "images", "images_missing", "split", "shortened", *LEFT_OUT)
+"""What is counted of each source: documents read; documents and images packed, and images that documents go on without;
+documents split into pieces, shortened, and left out. A document counts each time that it comes, in every epoch."""
 
 MIN_JUDGED = 100
 """Documents of a source that are read before the share left out is looked at."""
@@ -93,7 +93,8 @@ class Tally:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes on with the counts of a `get_state`."""
-        self._counters = {source: dict(counters) for source, counters in state["counters"].items()}
+        none = dict.fromkeys(COUNTERS, 0)  # of a counter that the state does not know yet
+        self._counters = {source: none | counters for source, counters in state["counters"].items()}
         self._runs = dict(state["runs"])
 
 
@@ -107,14 +108,15 @@ def _sentence(source: str, counters: Mapping[str, int]) -> str:
 
 
 def left_out_sentences(counters: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """What to tell at the end of a run: one sentence for each source of which documents were left out or shortened.
+    """What to tell at the end of a run of each source of which documents or images were left out, or shortened.
 
     Args:
       counters: source -> its `COUNTERS`.
     """
     sentences = [_sentence(source, counts) for source, counts in counters.items() if _left_out(counts)]
-    return sentences + [
-        f"{counts['shortened']} documents of {source!r} were shortened"
-        for source, counts in counters.items()
-        if counts["shortened"]
-    ]
+    for source, counts in counters.items():
+        if counts["shortened"]:
+            sentences.append(f"{counts['shortened']} documents of {source!r} were shortened")
+        if counts["images_missing"]:
+            sentences.append(f"{counts['images_missing']} images of {source!r} were missing, and left out")
+    return sentences

@@ -50,10 +50,19 @@ class InitConfig(Section):
         _NO_ADDRESS,
     )
 
+    upcycle_from: str = field(
+        "",
+        "Begin a model with experts from the weights of a dense one in Hugging Face's format, of the same architecture "
+        'without them: at first it computes the same; "" is random.',
+        _NO_ADDRESS,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        only_one = f"empty where init.from_hf={self.from_hf!r} is given"
-        require(not (self.from_hf and self.from_run), "init.from_run", self.from_run, only_one)
+        given = {f"init.{name}": value for name, value in vars(self).items() if value}
+        if len(given) > 1:
+            (first, of_first), (second, of_second), *_ = given.items()
+            require(False, second, of_second, f"empty where {first}={of_first!r} is given")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +84,11 @@ class SourceConfig(Section):
     name: str
     kind: str = field("jsonl", "Format of its records, a key of gemma4_jax.data.sources.KINDS.", NOT_EMPTY)
     path: str = field("", "Where they are, as the kind reads it: a file, or of tfds NAME/SPLIT.", _NO_ADDRESS)
-    task: str = field("segments", "What becomes of a record, a key of gemma4_jax.data.tasks.TASKS.", NOT_EMPTY)
+    task: str = field(
+        "auto",
+        'What becomes of a record, a key of gemma4_jax.data.tasks.TASKS; "auto" goes by the columns that it has.',
+        NOT_EMPTY,
+    )
     weight: float = field(
         1.0, "Its share of the documents drawn, relative to the sum; of 0 nothing is drawn.", at_least(0)
     )
@@ -180,8 +193,9 @@ class TrainConfig(Section):
     remat: str = field(
         "none",
         'What the forward pass keeps for the backward pass: "none" recomputes nothing, "dots" keeps the results of '
-        'weight matmuls, "full" keeps only the input of each block.',
-        one_of("none", "dots", "full"),
+        'weight matmuls, "attention" those of attention, "full" only the input of each block; "offload" moves that to '
+        "the memory of the host.",
+        one_of("none", "dots", "attention", "full", "offload"),
     )
     loss_chunk: int = field(
         128,
@@ -189,7 +203,13 @@ class TrainConfig(Section):
         at_least(1),
     )
     load_balance_weight: float = field(
-        0.01, "Weight of the load-balance loss of the experts; 0 switches it off.", at_least(0)
+        -1.0,
+        "Weight of the load-balance loss of the experts; 0 switches it off. -1 is 0.01 for a run from random "
+        "parameters and 0 for one from a checkpoint, whose experts have found their work.",
+        Rule(lambda value: value >= 0 or value == -1, "at least 0, or -1"),
+    )
+    router_z_weight: float = field(
+        0.0, "Weight of the router's z-loss, which keeps its scores small; 0 switches it off.", at_least(0)
     )
 
 
@@ -337,6 +357,9 @@ class RunConfig(Section):
         super().__post_init__()
         data, train = self.data, self.train
         divides = f"a divisor of data.batch_size={data.batch_size}"
+        upcycled = self.init.upcycle_from
+        has_experts = self.model.text.num_experts > 0
+        require(has_experts or not upcycled, "init.upcycle_from", upcycled, "empty, as model.text has no experts")
         whole = data.batch_size % train.grad_accum_steps == 0
         require(whole, "train.grad_accum_steps", train.grad_accum_steps, divides)
         warmup = self.optimizer.warmup_steps
@@ -357,17 +380,19 @@ class RunConfig(Section):
         return parse(cls, values)
 
     def resolved(self) -> "RunConfig":
-        """With every value that follows from others: patches_per_row, loss_chunk, and rows of evaluation."""
+        """With every value that follows from others: patches, chunk, balance of the experts, rows of evaluation."""
         data, train = self.data, self.train
         vision = self.model.vision
         cell = vision.pooling_size**2 if vision else 0
         patches = data.patches_per_row or data.images_per_row * data.soft_tokens_per_image * cell
         chunk = next(n for n in range(min(train.loss_chunk, data.seq_len), 0, -1) if data.seq_len % n == 0)
         rows = data.batch_size // train.grad_accum_steps
+        balance = 0.0 if self.init.from_hf or self.init.from_run else 0.01
+        balance = balance if train.load_balance_weight < 0 else train.load_balance_weight
         return dataclasses.replace(
             self,
             data=dataclasses.replace(data, patches_per_row=patches),
-            train=dataclasses.replace(train, loss_chunk=chunk),
+            train=dataclasses.replace(train, loss_chunk=chunk, load_balance_weight=balance),
             evaluators={
                 name: dataclasses.replace(evaluator, batch_size=evaluator.batch_size or rows)
                 for name, evaluator in self.evaluators.items()

@@ -8,13 +8,27 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+_ROUTED = jax.checkpoint_policies.save_only_these_names("routed")
 
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ROUTED
+    ),
+    "attention": jax.checkpoint_policies.save_only_these_names("attended", "routed"),
+    "full": _ROUTED,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["routed"],
+        names_which_can_be_offloaded=["residual"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""What a stack keeps for the backward pass: everything, the results of weight matmuls, or only each layer's input."""
+"""What a stack keeps of a layer for the backward pass beside its input: everything, results of weight matmuls, those of
+attention, or nothing; "offload" keeps nothing, and moves the input to the memory of the host. Which expert a token went
+to, all of them keep: it is small, and is decided once."""
 
 
 def stack_modules(build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, count: int) -> nnx.Module:
@@ -45,6 +59,7 @@ def run_stack(
 
     def scanned_step(carry: Any, scanned: tuple[nnx.State, Any]) -> tuple[Any, Any]:
         state, inputs = scanned
+        carry = jax.tree.map(lambda x: checkpoint_name(x, "residual"), carry)
         return step(nnx.merge(graphdef, state), carry, inputs)
 
     if remat_policy != "none":

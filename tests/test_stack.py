@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gemma4_jax.errors import InputError
 from gemma4_jax.layers import Linear
+from gemma4_jax.ops.attention import attend
+from gemma4_jax.ops.attention.spans import document_spans
+from gemma4_jax.run_config import TrainConfig
 from gemma4_jax.stack import REMAT_POLICIES, run_stack, stack_modules
 
 WIDTH = 4
@@ -62,6 +66,38 @@ def test_every_policy_has_the_same_gradient(policy):
 
 def test_a_policy_says_what_is_computed_again():
     assert [kept_products(policy) for policy in ("none", "dots", "full")] == [3, 3, 4]
+
+
+def test_attention_is_not_computed_again_where_its_results_are_kept():
+    """Two products forward and five backward in the loops of blocks; two more to compute it again."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 256, 2, 8)) for i in range(3))
+    index = jnp.arange(256)[None]
+
+    def products(policy: str, implementation: str, window: int | None) -> int:
+        spans = document_spans(index, index, window=window)
+
+        def layer(q: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(attend(jnp.sin(q), k, v, spans, implementation=implementation)))
+
+        kept = layer if policy == "none" else jax.checkpoint(layer, policy=REMAT_POLICIES[policy])
+        return str(jax.make_jaxpr(jax.grad(kept))(q)).count("dot_general[")
+
+    for implementation, window in (("blockwise", None), ("banded", 32)):
+        counts = [products(policy, implementation, window) for policy in ("none", "attention", "full")]
+        assert counts == [7, 7, 9], implementation
+
+
+def test_what_is_offloaded_goes_to_the_memory_of_the_host():
+    stack = stack_modules(build, nnx.Rngs(0), 3)
+    program = jax.make_jaxpr(nnx.grad(lambda stack: jnp.sum(run(stack, "offload")[0])))(stack)
+    assert "f32<host>[3,3,4] = scan[" in str(program)
+
+
+def test_the_config_knows_the_policies():
+    for policy in REMAT_POLICIES:
+        assert TrainConfig(remat=policy).remat == policy
+    with pytest.raises(InputError, match=f"one of {', '.join(REMAT_POLICIES)}"):
+        TrainConfig(remat="half")
 
 
 def test_the_program_does_not_grow_with_depth():

@@ -25,7 +25,8 @@ from gemma4_jax.hf.names import abbreviate, tensors
 from gemma4_jax.hf.save import CARRIED
 from gemma4_jax.processes import agree, is_first, led_by_first
 from gemma4_jax.run_config import RunConfig
-from gemma4_jax.train.state import TrainState
+from gemma4_jax.train.state import TrainState, random_model
+from gemma4_jax.train.upcycle import dense_config, upcycle, without_experts
 
 
 def check_source(config: RunConfig) -> None:
@@ -38,6 +39,10 @@ def check_source(config: RunConfig) -> None:
     if init.from_hf:
         checkpoint = Checkpoint(init.from_hf)
         if differing := differing_fields(checkpoint.config, model_config):
+            raise another_model(checkpoint.folder, differing)
+    if init.upcycle_from:
+        checkpoint = Checkpoint(init.upcycle_from)
+        if differing := differing_fields(checkpoint.config, dense_config(model_config)):
             raise another_model(checkpoint.folder, differing)
     if init.from_run:
         run = local_path(init.from_run)
@@ -78,6 +83,13 @@ def initial_values(config: RunConfig, abstract: TrainState, run_dir: Path) -> nn
             _carry(partial(write_carried, checkpoint, unused), run_dir)
         _check_values(values, model_config, f"init.from_hf={init.from_hf!r}")
         return values
+    if init.upcycle_from:
+        checkpoint = Checkpoint(init.upcycle_from)
+        dense = load_state(checkpoint, without_experts(wanted), dense_config(model_config))
+        _check_values(dense, dense_config(model_config), f"init.upcycle_from={init.upcycle_from!r}")
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+        make = jax.jit(lambda dense: upcycle(dense, random_model(config)), out_shardings=shardings, donate_argnums=0)
+        return make(dense)
     if init.from_run:
         run = local_path(init.from_run)
         carried = run / CARRIED

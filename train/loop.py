@@ -88,6 +88,10 @@ def train(config: RunConfig) -> dict[str, Any]:
             return run.finish(started)
 
 
+STARVING = 0.05
+"""Share of an even load below which an expert is named."""
+
+
 class Hook(NamedTuple):
     """What a run does after some of its steps: every so many, and after the last."""
 
@@ -116,6 +120,7 @@ class _Run:
         self.evaluators: dict[str, Evaluator] = {name: evaluator for name, evaluator in made.items() if evaluator}
         self.measured: dict[str, dict[str, float]] = {}
         self.compile_seconds = 0.0
+        self.starving: set[tuple[int, int]] = set()
         self.saving: int | None = None  # the step that is being written
 
     def start(self, run_dir: Path, checkpoints: Checkpoints) -> None:
@@ -240,8 +245,20 @@ class _Run:
             if self.log is not None:
                 self.log.write(record)
             self.terminal.show(record, self.num_steps)
+            self._warn_of_starving_experts(record)
             if not is_sane:
                 raise self._not_sane(record)
+
+    def _warn_of_starving_experts(self, record: dict[str, Any]) -> None:
+        """Names experts that get next to nothing, each once, when the learning rate has been warmed up."""
+        if record["step"] <= self.config.optimizer.warmup_steps:
+            return
+        for layer, load in enumerate(record.get("expert_load", ())):
+            for expert, share in enumerate(load):
+                if share * len(load) < STARVING and (layer, expert) not in self.starving:
+                    self.starving.add((layer, expert))
+                    even = f"{share * len(load):.1%} of an even share of the tokens"
+                    self.terminal.say(f"expert {expert} of layer {layer} starves at step {record['step']}: {even}")
 
     def _not_sane(self, record: dict[str, Any]) -> InputError:
         step, rate = record["step"], self.config.optimizer.learning_rate

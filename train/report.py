@@ -116,6 +116,7 @@ _COLUMNS = {
     "images": "images",
     "split": "split over rows",
     "shortened": "shortened",
+    "images_missing": "images missing",
 }
 """What the page calls the counters of documents that were not left out."""
 

@@ -30,8 +30,9 @@ from gemma4_jax.run_config import InitConfig, RunConfig
 from gemma4_jax.tokenizer import Tokenizer
 
 MAY_CHANGE = (
-    "run_dir", "name", "mesh", "data.sources.*.path", "data.max_left_out", "data.allow_changes", "train.num_steps",
-    "train.attention", "train.experts", "train.remat", "checkpoint", "evaluators", "log", "export",
+    "run_dir", "name", "mesh", "data.sources.*.path", "data.sources.*.options.files", "data.max_left_out",
+    "data.allow_changes", "train.num_steps", "train.attention", "train.experts", "train.remat", "checkpoint",
+    "evaluators", "log", "export",
 )  # fmt: skip
 """Fields, and sections, that may differ from one start of a run to the next.
 
@@ -40,7 +41,7 @@ where it stands. Data is known by what it holds and not by its place: `train.fin
 nothing is drawn from may come and go.
 """
 
-SOURCES = ("tokenizer", "init.from_hf", "init.from_run")
+SOURCES = ("tokenizer", "init.from_hf", "init.from_run", "init.upcycle_from")
 """Fields that name places which a run needs when it begins, and never again."""
 
 PACKAGES = ("gemma4-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")

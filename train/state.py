@@ -84,14 +84,19 @@ def create_state(abstract: TrainState, config: RunConfig, values: nnx.State | No
         return start(values)
 
     def create() -> TrainState:
-        key = jax.random.split(jax.random.key(config.seed))[0]
-        return _start(nnx.state(_build(config, key, KernelPolicy()), (nnx.Param, Buffer)), config, paths)
+        return _start(random_model(config), config, paths)
 
     # Run once, so on CPU, where the compiler would take many times as long as the program, it is told not to try hard.
     sharding: Any = abstract.step.sharding
     is_on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_on_cpu else None
     return jax.jit(create, out_shardings=shardings_of(abstract), compiler_options=options)()
+
+
+def random_model(config: RunConfig) -> nnx.State:
+    """Parameters and buffers before the first step; to be compiled, with the shardings that they are to have."""
+    key = jax.random.split(jax.random.key(config.seed))[0]
+    return nnx.state(_build(config, key, KernelPolicy()), (nnx.Param, Buffer))
 
 
 def shardings_of(state: TrainState) -> TrainState:

@@ -40,10 +40,11 @@ class Source(abc.ABC):
         """What messages call a record."""
         return f"record {index}"
 
-    def read_file(self, path: str, what: str) -> bytes:
+    def read_file(self, index: int, path: str, what: str) -> bytes:
         """A file beside the records which one of them names.
 
         Args:
+          index: of the record.
           path: as the record has it, not yet trusted.
           what: it is, for messages.
         Raises:
@@ -64,10 +65,22 @@ def _python(split: str) -> Source:
     return PythonSource(split)
 
 
-def _jsonl(path: str) -> Source:
+def _jsonl(path: str, *, files: str = "") -> Source:
     from gemma4_jax.data.sources.jsonl import JsonlSource
 
-    return JsonlSource(path)
+    return JsonlSource(path, files=files)
+
+
+def _parquet(path: str, *, files: str = "") -> Source:
+    from gemma4_jax.data.sources.parquet import ParquetSource
+
+    return ParquetSource(path, files=files)
+
+
+def _webdataset(path: str) -> Source:
+    from gemma4_jax.data.sources.webdataset import WebdatasetSource
+
+    return WebdatasetSource(path)
 
 
 def _tfds(path: str, *, data_dir: str = "") -> Source:
@@ -76,7 +89,14 @@ def _tfds(path: str, *, data_dir: str = "") -> Source:
     return TfdsSource(path, data_dir=data_dir)
 
 
-KINDS: dict[str, Callable[..., Source]] = {"digits": _digits, "python": _python, "jsonl": _jsonl, "tfds": _tfds}
+KINDS: dict[str, Callable[..., Source]] = {
+    "digits": _digits,
+    "python": _python,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+    "webdataset": _webdataset,
+    "tfds": _tfds,
+}
 """Kind -> what opens a source of it: a class or a function, whose parameters say what it takes.
 
 `path` is where the records are; `split` is "train" or "held_out", for a kind that holds documents back by itself;

@@ -1,13 +1,57 @@
-"""Files beside the records that name them: inside one folder, and nowhere else."""
+"""The files of a source, and files beside the records that name them: inside one folder, and nowhere else."""
 
+import glob
 import os
 import re
 from pathlib import Path
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.files import local_path
 
 MAX_FILE_BYTES = 2**26
 """A larger file is refused before it is read."""
+
+
+def find_files(given: str) -> list[Path]:
+    """The files that a path means, each once, sorted.
+
+    Args:
+      given: a path; several with commas between them; in each, `*`, `?` and `[...]` stand for parts of names, and `**`
+        for folders. What is there under the very name is that.
+    Raises:
+      InputError: there is nothing that a pattern stands for, or it is no local path.
+    """
+    if os.path.exists(local_path(given)):  # which is False, too, of what cannot be a name
+        return [local_path(given)]
+    files: set[Path] = set()
+    for one in filter(None, (part.strip() for part in given.split(","))):
+        path = local_path(one)
+        if os.path.exists(path) or not glob.has_magic(one):
+            files.add(path)
+            continue
+        found = [Path(name) for name in glob.iglob(str(path), recursive=True)]
+        if not any(map(Path.is_file, found)):
+            raise InputError(f"no file is called {one!r}: mend the pattern, or put files there.")
+        files.update(filter(Path.is_file, found))
+    if not files:
+        raise InputError(f"the path {given!r} names no file.")
+    return sorted(files)
+
+
+def find_folder(given: str) -> Path | None:
+    """The folder of the option `files`, None where that is empty.
+
+    Raises:
+      InputError: it is no folder.
+    """
+    if not given:
+        return None
+    folder = local_path(given)
+    if not folder.is_dir():
+        raise InputError(
+            f"options.files={given!r} is not a folder: give the one that paths in records are relative to."
+        )
+    return Path(os.path.realpath(folder))
 
 
 def read_inside(folder: Path, given: str, what: str) -> bytes:

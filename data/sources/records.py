@@ -4,20 +4,18 @@ import array
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from gemma4_jax.data.sources.json_array import Record, find_elements
+from gemma4_jax.data.sources.unpack import unpacked
 from gemma4_jax.errors import InputError
 
 MAX_RECORD_BYTES = 2**22
 """A longer record is refused before it is read."""
-
-MAX_ARRAY_BYTES = 2**27
-"""An array is read whole to find its elements: a larger one must be given one object a line."""
 
 WHOLE_BYTES = 2**26
 """A larger file is known by its size and by `BLOCKS` evenly spaced blocks, the first and the last among them."""
@@ -27,15 +25,9 @@ BLOCKS, BLOCK_BYTES = 1024, 2**14
 _PART_BYTES = 2**20
 """Of a line, in memory at one time while lines are looked for."""
 
-_SPACE = re.compile(r"[ \t\n\r]*")
-
 _FORMS = {
-    b"\x1f\x8b": "compressed by gzip: unpack it first",
-    b"BZh": "compressed by bzip2: unpack it first",
-    b"\xfd7zXZ": "compressed by xz: unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
     b"PK\x03\x04": "a ZIP archive: unpack it first",
-    b"PAR1": "a Parquet file: write its rows as JSON Lines",
+    b"PAR1": "a Parquet file: give it the kind parquet",
     b"ARROW1": "an Arrow file: write its rows as JSON Lines",
     b"SQLite format 3": "an SQLite database: write its rows as JSON Lines",
     b"\xff\xfe": "text in UTF-16: save it in UTF-8",
@@ -45,19 +37,11 @@ _FORMS = {
 """First bytes -> what the file is, and what to do with it."""
 
 
-class Record(NamedTuple):
-    """A record in a file: the number of its line or element, from 1, and its bytes offset..offset+length-1."""
-
-    number: int
-    offset: int
-    length: int
-
-
 def find_records(path: Path) -> tuple[str, np.ndarray]:
     """Every record of a JSON Lines file but for blank lines, or every element of a file that is one JSON array.
 
     Args:
-      path: of the file.
+      path: of the file, which may be compressed, see `unpacked`.
     Returns:
       ("line" or "element", [n, 3] uint64: the fields of every `Record` in order).
     Raises:
@@ -66,7 +50,7 @@ def find_records(path: Path) -> tuple[str, np.ndarray]:
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path} is not a file: give the path of one.")
-        with path.open("rb") as file:
+        with unpacked(path).open("rb") as file:
             head = file.read(4096)
             if what := _other_form(head):
                 raise InputError(f"{path} is not JSON Lines but {what}.")
@@ -139,44 +123,29 @@ def _check_first(line: bytes, path: Path) -> None:
 
 
 def _find_elements(file: BinaryIO, path: Path) -> Iterator[Record]:
-    size = os.fstat(file.fileno()).st_size
-    if size > MAX_ARRAY_BYTES:
-        raise InputError(
-            f"{path} is a JSON array of {size} bytes, and at most {MAX_ARRAY_BYTES} of an array "
-            "are read: write it as JSON Lines, one object a line."
-        )
     try:
-        text = file.read().decode("utf-8")
-        decode = json.JSONDecoder().raw_decode
-        start = _skip_space(text, text.index("[") + 1)
-        offset, number, mark = len(text[:start].encode()), 0, text[start : start + 1]
-        while mark != "]":
-            _, stop = decode(text, start)
-            number, length = number + 1, len(text[start:stop].encode())
-            yield Record(number, offset, length)
-            comma = _skip_space(text, stop)
-            mark = text[comma : comma + 1]
-            if mark not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, comma)
-            following = _skip_space(text, comma + 1)
-            offset += length + len(text[stop:following].encode())
-            start = following
-        if text[start + (number == 0) :].strip():
-            raise json.JSONDecodeError("Extra data after the array", text, start)
-    except (ValueError, RecursionError) as error:
+        yield from find_elements(file)
+    except ValueError as error:
         raise InputError(
             f"{path} begins like a JSON array and is none ({error}): write one object a line, or mend it."
         ) from error
 
 
-def _skip_space(text: str, start: int) -> int:
-    space = _SPACE.match(text, start)
-    return space.end() if space else start
+def files_fingerprint(paths: Sequence[Path]) -> dict[str, Any]:
+    """{"bytes": size of all, "blake2b": digest}, and of several {"files": their number}; see `file_fingerprint`."""
+    if len(paths) == 1:
+        return file_fingerprint(paths[0])
+    known = [file_fingerprint(path, share=len(paths)) for path in paths]
+    digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+    return {"files": len(paths), "bytes": sum(file["bytes"] for file in known), "blake2b": digest}
 
 
-def file_fingerprint(path: Path) -> dict[str, Any]:
+def file_fingerprint(path: Path, share: int = 1) -> dict[str, Any]:
     """{"bytes": size, "blake2b": digest of the file, or of some blocks of a large one}; at most 64 MB are read.
 
+    Args:
+      path: of the file.
+      share: of several files each is read so many times less.
     Raises:
       InputError: the file cannot be read.
     """
@@ -185,8 +154,9 @@ def file_fingerprint(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             starts: Sequence[int] = range(0, size, BLOCK_BYTES)
-            if size > WHOLE_BYTES:
-                starts = [i * (size - BLOCK_BYTES) // (BLOCKS - 1) for i in range(BLOCKS)]
+            if size > max(WHOLE_BYTES // share, 2 * BLOCK_BYTES):
+                blocks = max(BLOCKS // share, 2)
+                starts = [i * (size - BLOCK_BYTES) // (blocks - 1) for i in range(blocks)]
             for start in starts:
                 file.seek(start)
                 digest.update(file.read(BLOCK_BYTES))

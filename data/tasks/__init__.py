@@ -12,9 +12,19 @@ default may be missing. `data.sources.NAME.columns` says where a record calls a 
 from collections.abc import Callable
 
 from gemma4_jax.data.document import Document
+from gemma4_jax.data.tasks.auto import auto
 from gemma4_jax.data.tasks.caption import caption
+from gemma4_jax.data.tasks.chat import chat
+from gemma4_jax.data.tasks.interleaved import interleaved
 from gemma4_jax.data.tasks.segments import segments
 from gemma4_jax.data.tasks.text import text
 
-TASKS: dict[str, Callable[..., Document]] = {"segments": segments, "text": text, "caption": caption}
+TASKS: dict[str, Callable[..., Document]] = {
+    "auto": auto,
+    "segments": segments,
+    "text": text,
+    "caption": caption,
+    "chat": chat,
+    "interleaved": interleaved,
+}
 """Name -> task. It raises InputError for a record that it cannot use."""

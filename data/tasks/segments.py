@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from gemma4_jax.data.document import Document, Image, Text
-from gemma4_jax.data.tasks.caption import as_image
+from gemma4_jax.data.tasks.media import as_image
 from gemma4_jax.errors import InputError
 
 

@@ -1,9 +1,17 @@
 """The head, and log probabilities of tokens under it without ever holding [B, T, V]."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from gemma4_jax.sharding import BATCH_AXES
+
+_SAFE_CAP = 40.0
+"""Up to here the exponential of any capped logit, less the cap, is an ordinary float32."""
 
 
 class Head(NamedTuple):
@@ -29,7 +37,9 @@ def vocabulary_logits(hidden: jax.Array, head: Head) -> jax.Array:
 def token_log_probs(hidden: jax.Array, head: Head, targets: jax.Array, *, chunk: int) -> jax.Array:
     """Log probabilities of given next tokens, `chunk` positions of every row at a time.
 
-    Peak memory of logits is B * chunk * V: each chunk's logits are made again in the backward pass.
+    Peak memory of logits is twice B * chunk * V float32: the backward pass makes each chunk's logits again, and their
+    gradient. Of the forward pass it keeps the log-sum-exp of every position. The gradient of the table is accumulated
+    in float32. Where `context` shards the positions, a chunk is made of as many from each shard.
 
     Args:
       hidden: [B, T, D] final hidden states.
@@ -41,29 +51,148 @@ def token_log_probs(hidden: jax.Array, head: Head, targets: jax.Array, *, chunk:
     Raises:
       ValueError: if chunk does not divide T.
     """
-    length = hidden.shape[1]
-    if length % chunk:
-        raise ValueError(f"chunk={chunk} does not divide the {length} positions of a row")
+    log_probs = _log_probs(_in_chunks(hidden, chunk), head.table, _in_chunks(targets, chunk), head.cap)
+    return _from_chunks(log_probs, targets.shape, chunk)
 
-    @jax.checkpoint
-    def of_chunk(start: jax.Array) -> jax.Array:
-        def cut(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
 
-        logits = vocabulary_logits(cut(hidden), head)
-        target_logits = jnp.take_along_axis(logits, cut(targets)[..., None], axis=-1)[..., 0]
-        return target_logits - jax.nn.logsumexp(logits, axis=-1)
+def total_log_prob(hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array, *, chunk: int) -> jax.Array:
+    """The sum of weights * `token_log_probs`, where it is what is differentiated: logits are made once.
 
-    chunks = jax.lax.map(of_chunk, jnp.arange(0, length, chunk))
-    return jnp.moveaxis(chunks, 0, 1).reshape(targets.shape)
+    The weights are known before the backward pass, so the forward pass of a gradient computes that of each chunk while
+    its logits are there, and the backward pass only scales it.
+
+    Args:
+      hidden, head, targets, chunk: as in `token_log_probs`.
+      weights: [B, T] float32.
+    Returns:
+      scalar float32.
+    """
+    in_chunks = (_in_chunks(x, chunk) for x in (targets, weights))
+    return _total(_in_chunks(hidden, chunk), head.table, *in_chunks, head.cap)
 
 
 def likeliest_tokens(hidden: jax.Array, head: Head, *, chunk: int) -> jax.Array:
     """[B, T] int32, the likeliest next token of every position. Arguments as in `token_log_probs`."""
 
-    def of_chunk(start: jax.Array) -> jax.Array:
-        logits = vocabulary_logits(jax.lax.dynamic_slice_in_dim(hidden, start, chunk, axis=1), head)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    def of_chunk(hidden: jax.Array) -> jax.Array:
+        return jnp.argmax(vocabulary_logits(hidden, head), axis=-1).astype(jnp.int32)
 
-    chosen = jax.lax.map(of_chunk, jnp.arange(0, hidden.shape[1], chunk))
-    return jnp.moveaxis(chosen, 0, 1).reshape(hidden.shape[:2])
+    return _from_chunks(jax.lax.map(of_chunk, _in_chunks(hidden, chunk)), hidden.shape[:2], chunk)
+
+
+def _num_shards(chunk: int) -> int:
+    """Shards of the positions that share a chunk evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape["context"]
+    return shards if chunk % shards == 0 else 1
+
+
+def _in_chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [chunks, B * chunk, ...]: one axis of tokens, over which a matmul needs no transpose."""
+    b, t, *rest = x.shape
+    if t % chunk:
+        raise ValueError(f"chunk={chunk} does not divide the {t} positions of a row")
+    shards = _num_shards(chunk)
+    x = jnp.moveaxis(x.reshape(b, shards, t // chunk, chunk // shards, *rest), 2, 0)
+    x = x.reshape(t // chunk, b * chunk, *rest)
+    # The compiler does not always find out that rows and shards of positions, merged, are still spread.
+    return jax.lax.with_sharding_constraint(x, P(None, (*BATCH_AXES, "context"))) if shards > 1 else x
+
+
+def _from_chunks(x: jax.Array, shape: tuple[int, ...], chunk: int) -> jax.Array:
+    """The inverse, for one number a token: [chunks, B * chunk] -> [B, T]."""
+    shards = _num_shards(chunk)
+    return jnp.moveaxis(x.reshape(-1, shape[0], shards, chunk // shards), 0, 2).reshape(shape)
+
+
+def _in_float32(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _score_chunk(logits: jax.Array, targets: jax.Array, cap: float) -> tuple[jax.Array, jax.Array]:
+    """[R, V] logits and [R] targets -> ([R] log probabilities, [R] log-sum-exp)."""
+    # What is subtracted before the exponential keeps it finite; where the cap does, nobody looks for the largest.
+    largest = jnp.float32(cap) if 0 < cap <= _SAFE_CAP else jnp.max(logits, axis=-1)
+    log_sum = largest + jnp.log(jnp.sum(jnp.exp(logits - jnp.expand_dims(largest, -1)), axis=-1))
+    return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_sum, log_sum
+
+
+def _differentiate_chunk(
+    raw: jax.Array, hidden: jax.Array, table: jax.Array, targets: jax.Array, log_sum: jax.Array, gradient: jax.Array,
+    cap: float,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Gradients ([R, D], [V, D] float32) from [R, V] logits before the cap and [R] gradients of log probabilities."""
+    logits, slope = raw, jnp.ones(())
+    if cap:
+        bent = jnp.tanh(raw / cap)
+        logits, slope = cap * bent, 1 - bent**2
+    is_target = targets[:, None] == jnp.arange(table.shape[0])
+    of_logits = (is_target - jnp.exp(logits - log_sum[:, None])) * gradient[:, None] * slope
+    of_logits = of_logits.astype(hidden.dtype)
+    return of_logits @ table, _in_float32("rv,rd->vd", of_logits, hidden)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _log_probs(hidden: jax.Array, table: jax.Array, targets: jax.Array, cap: float) -> jax.Array:
+    """[chunks, R, D] hidden states, [V, D] and [chunks, R] targets -> [chunks, R] float32."""
+    return _log_probs_forward(hidden, table, targets, cap)[0]
+
+
+def _log_probs_forward(hidden: jax.Array, table: jax.Array, targets: jax.Array, cap: float) -> tuple[jax.Array, tuple]:
+    def of_chunk(scanned: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets = scanned
+        return _score_chunk(vocabulary_logits(hidden, Head(table, cap)), targets, cap)
+
+    log_probs, log_sum = jax.lax.map(of_chunk, (hidden, targets))
+    return log_probs, (hidden, table, targets, log_sum)
+
+
+def _log_probs_backward(cap: float, saved: tuple, gradient: jax.Array) -> tuple:
+    hidden, table, targets, log_sum = saved
+    weight = table.astype(hidden.dtype)
+
+    def of_chunk(sum_of_table: jax.Array, scanned: tuple) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, log_sum, gradient = scanned
+        raw = _in_float32("rd,vd->rv", hidden, weight)
+        of_hidden, of_table = _differentiate_chunk(raw, hidden, weight, targets, log_sum, gradient, cap)
+        return sum_of_table + of_table, of_hidden
+
+    zeros = jnp.zeros(table.shape, jnp.float32)
+    of_table, of_hidden = jax.lax.scan(of_chunk, zeros, (hidden, targets, log_sum, gradient))
+    return of_hidden, of_table.astype(table.dtype), np.zeros(targets.shape, jax.dtypes.float0)
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _total(hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, cap: float) -> jax.Array:
+    """As `_log_probs`, with [chunks, R] weights -> scalar."""
+    return jnp.sum(weights * _log_probs(hidden, table, targets, cap))
+
+
+def _total_forward(
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, cap: float
+) -> tuple[jax.Array, tuple]:
+    weight = table.astype(hidden.dtype)
+
+    def of_chunk(sum_of_table: jax.Array, scanned: tuple) -> tuple[jax.Array, tuple]:
+        hidden, targets, weights = scanned
+        raw = _in_float32("rd,vd->rv", hidden, weight)
+        log_probs, log_sum = _score_chunk(cap * jnp.tanh(raw / cap) if cap else raw, targets, cap)
+        of_hidden, of_table = _differentiate_chunk(raw, hidden, weight, targets, log_sum, weights, cap)
+        return sum_of_table + of_table, (log_probs, of_hidden)
+
+    zeros = jnp.zeros(table.shape, jnp.float32)
+    of_table, (log_probs, of_hidden) = jax.lax.scan(of_chunk, zeros, (hidden, targets, weights))
+    return jnp.sum(weights * log_probs), (of_hidden, of_table.astype(table.dtype), targets, log_probs)
+
+
+def _total_backward(cap: float, saved: tuple, gradient: jax.Array) -> tuple:
+    of_hidden, of_table, targets, log_probs = saved
+    scale = gradient.astype(of_hidden.dtype), gradient.astype(of_table.dtype)
+    no_gradient = np.zeros(targets.shape, jax.dtypes.float0)
+    return scale[0] * of_hidden, scale[1] * of_table, no_gradient, gradient * log_probs
+
+
+_total.defvjp(_total_forward, _total_backward)

@@ -3,19 +3,28 @@
 Dropless: every token reaches every expert it chose, whatever the load.
 """
 
+import functools
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.ops.expert_blocks import activate, block_experts
+from gemma4_jax.ops.grouped import grouped, sort_by_group
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import BATCH_AXES
+
+NOBODY = -(2**30)
+"""A choice that is of no expert, on any shard."""
 
 
 def dense_experts(
     x: jax.Array, choices: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array
 ) -> jax.Array:
-    """Every expert on every token, weighted by the choice: the reference, and the fastest way for a few tiny experts.
+    """Every expert on every token, weighted by the choice: the reference.
 
     Cost grows as E rather than C.
 
@@ -35,40 +44,49 @@ def dense_experts(
     return jnp.einsum("mef,efd->md", hidden, down.astype(x.dtype))
 
 
-def ragged_experts(
-    x: jax.Array, choices: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array
+def grouped_experts(
+    x: jax.Array, choices: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, *, implementation: str
 ) -> jax.Array:
-    """Tokens sorted by expert, then one grouped matmul over the sorted rows. Arguments as in `dense_experts`."""
-    num_experts, embed_dim, _, expert_dim = gate_up.shape
+    """Tokens sorted by expert, then two grouped matmuls over the sorted rows. Arguments as in `dense_experts`.
+
+    Args:
+      implementation: of the grouped matmul, a key of `ops.grouped.IMPLEMENTATIONS`.
+    """
+    num_experts, embed_dim = gate_up.shape[:2]
     num_tokens, num_choices = choices.shape
-    flat = choices.reshape(-1)
-    # Choices of other shards sort behind all local experts, where the grouped matmul does not reach.
-    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    order = jnp.argsort(flat, stable=True)
-    group_sizes = jnp.bincount(flat, length=num_experts + 1)[:num_experts].astype(jnp.int32)
-    rows = x[order // num_choices]
-    wide = jax.lax.ragged_dot(rows, gate_up.reshape(num_experts, embed_dim, -1).astype(x.dtype), group_sizes)
-    gate, up = wide[:, :expert_dim], wide[:, expert_dim:]
-    out = jax.lax.ragged_dot(jax.nn.gelu(gate, approximate=True) * up, down.astype(x.dtype), group_sizes)
-    is_local = jnp.arange(flat.size) < jnp.sum(group_sizes)
-    out = jnp.where(is_local[:, None], out * weights.reshape(-1)[order][:, None].astype(x.dtype), 0)
-    return jnp.zeros_like(x, shape=(num_tokens, embed_dim)).at[order // num_choices].add(out)
+    order, sizes = sort_by_group(choices.reshape(-1), num_experts)
+    token = order // num_choices
+    multiply = functools.partial(grouped, group_sizes=sizes, implementation=implementation)
+    # A token's C gradients are added in float32, and so are the results of its C experts.
+    rows = x.astype(jnp.float32)[token].astype(x.dtype)
+    wide = multiply(rows, gate_up.reshape(num_experts, embed_dim, -1).astype(x.dtype))
+    out = multiply(activate(wide), down.astype(x.dtype)) * weights.reshape(-1)[order][:, None]
+    return jnp.zeros((num_tokens, embed_dim), jnp.float32).at[token].add(out).astype(x.dtype)
 
 
-IMPLEMENTATIONS = {"dense": dense_experts, "ragged": ragged_experts}
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "blocks": block_experts,
+    "megablox": functools.partial(grouped_experts, implementation="megablox"),
+    "ragged": functools.partial(grouped_experts, implementation="ragged"),
+    "dense": dense_experts,
+}
+"""Name -> what computes the experts of one device: loops over blocks of tokens; JAX's kernels for TPU;
+`jax.lax.ragged_dot`; everything on everything."""
 
 
 def choose(policy: KernelPolicy) -> str:
-    """The implementation: "auto" is ragged except on CPU, where no grouped matmul exists.
+    """The implementation: "auto" is megablox on TPU and blocks elsewhere.
 
     Raises:
-      InputError: the policy names one that does not exist.
+      InputError: the policy names one that does not exist, or not on its platform.
     """
     if policy.experts == "auto":
-        return "dense" if policy.platform == "cpu" else "ragged"
-    if policy.experts not in IMPLEMENTATIONS:
+        return "megablox" if policy.platform == "tpu" else "blocks"
+    possible = [name for name in IMPLEMENTATIONS if name != "megablox" or policy.platform == "tpu"]
+    if policy.experts not in possible:
         raise InputError(
-            f"experts={policy.experts!r} is not possible: it must be auto, {' or '.join(IMPLEMENTATIONS)}."
+            f"experts={policy.experts!r} is not possible on {policy.platform}: "
+            f"it must be auto, {', '.join(possible[:-1])} or {possible[-1]}."
         )
     return policy.experts
 
@@ -81,12 +99,14 @@ def apply_experts(
     down: jax.Array,
     *,
     implementation: str,
+    is_token: jax.Array | None = None,
 ) -> jax.Array:
     """Sum over the chosen experts of weight * expert(token), with experts on the `expert` mesh axis.
 
     Inside a mesh this is a `jax.shard_map`: the tokens of an expert group are gathered over `expert`, each device
     applies the experts it holds, and the partial sums are scattered back to the tokens' own devices (and summed over
-    `tensor`, which splits each expert's hidden width).
+    `tensor`, which splits each expert's hidden width). Rows and positions that the mesh does not divide are filled up
+    with padding.
 
     Args:
       x: [B, T, D] tokens.
@@ -95,10 +115,14 @@ def apply_experts(
       gate_up: [E, D, 2, F] stacked gate and up projections, gate first.
       down: [E, F, D].
       implementation: a key of IMPLEMENTATIONS, from `choose`.
+      is_token: [B, T] bool, False on padding, which goes to no expert, costs nothing and gives 0; all are tokens by
+        default.
     Returns:
       [B, T, D] in x's dtype.
     """
     local = IMPLEMENTATIONS[implementation]
+    if is_token is not None:
+        choices = jnp.where(is_token[..., None], choices, NOBODY)
 
     def on_rows(x: jax.Array, choices: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
         num_choices = choices.shape[-1]
@@ -116,9 +140,18 @@ def apply_experts(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return on_rows(x, choices, weights, gate_up, down)
+    num_rows, length = x.shape[:2]
+    fill = -num_rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES), -length % mesh.shape["context"]
+
+    def fill_up(value: jax.Array, nothing: int) -> jax.Array:
+        return jnp.pad(value, ((0, fill[0]), (0, fill[1]), (0, 0)), constant_values=nothing)
+
+    tokens = fill_up(x, 0), fill_up(choices, NOBODY), fill_up(weights, 0)
     rows = P(BATCH_AXES, "context")
-    return jax.shard_map(
+    out = jax.shard_map(
         on_shard,
         in_specs=(rows, P("expert", None, None, "tensor"), P("expert", "tensor")),
         out_specs=rows,
-    )((x, choices, weights), gate_up, down)
+        check_vma=False,  # the loops of an implementation begin with constants
+    )(tokens, gate_up, down)
+    return out[:num_rows, :length]

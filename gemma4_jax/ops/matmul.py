@@ -31,10 +31,6 @@ class StoredMatrix(abc.ABC):
         """As the function of this name."""
         return take(self.value(), ids, dtype)
 
-    def grouped(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """As the function of this name."""
-        return grouped(rows, self.value(), group_sizes)
-
 
 Matrix = jax.Array | StoredMatrix
 
@@ -73,20 +69,3 @@ def take(table: Matrix, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if isinstance(table, StoredMatrix):
         return table.take(ids, dtype)
     return table[ids].astype(dtype)
-
-
-def grouped(rows: jax.Array, matrix: Matrix, group_sizes: jax.Array) -> jax.Array:
-    """Each row with the matrix of its group, in the dtype of the rows.
-
-    Args:
-      rows: [M, D], sorted by group.
-      matrix: [E, D, *outputs], one matrix per group, cast to the dtype of the rows.
-      group_sizes: [E] int32, rows of each group.
-    Returns:
-      [M, *outputs]; rows behind the last group are undefined.
-    """
-    if isinstance(matrix, StoredMatrix):
-        return matrix.grouped(rows, group_sizes)
-    num_groups, width, *outputs = matrix.shape
-    flat = matrix.reshape(num_groups, width, -1).astype(rows.dtype)
-    return jax.lax.ragged_dot(rows, flat, group_sizes).reshape(-1, *outputs)

@@ -71,7 +71,7 @@ def view_tokens(
     sliding, causal = text_spans(config, batch.positions, index, batch.image_ids)
 
     def layer_view(spans: Spans, head_dim: int, frequencies: np.ndarray) -> LayerView:
-        shape = Shape(index.shape[1], num_keys, head_dim)
+        shape = Shape(index.shape[1], num_keys, head_dim, spans.back, spans.ahead)
         return LayerView(rotary_angles(batch.positions, frequencies), spans, choose(policy, shape))
 
     head_dim, global_head_dim = config.head_dim, config.global_head_dim

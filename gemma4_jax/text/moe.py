@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma4_jax.config import TextConfig
 from gemma4_jax.layers import RMSNorm, constant_param, normal_param, rms_normalize, weight
@@ -18,10 +19,12 @@ class RouterStats(NamedTuple):
     Attributes:
       load: [..., E] share of all choices that went to each expert; sums to 1.
       load_balance_loss: [...] E * sum_e load_e * mean router probability_e; 1 when perfectly even.
+      z_loss: [...] mean squared log-sum-exp of the router's scores. Source: Zoph et al. 2022 (arXiv:2202.08906).
     """
 
     load: jax.Array
     load_balance_loss: jax.Array
+    z_loss: jax.Array
 
 
 class Router(nnx.Module):
@@ -50,21 +53,25 @@ class Router(nnx.Module):
           (expert index [B, T, C] int32, weight [B, T, C] float32, statistics).
         """
         u = rms_normalize(x, self.eps) * self.scale[...].astype(jnp.float32) * x.shape[-1] ** -0.5
-        probabilities = jax.nn.softmax(contract(u, weight(self, "kernel"), 1), axis=-1)
-        top, choices = jax.lax.top_k(probabilities, self.num_choices)
+        scores = contract(u, weight(self, "kernel"), 1)
+        probabilities = jax.nn.softmax(scores, axis=-1)
+        _, choices = jax.lax.top_k(jax.lax.stop_gradient(probabilities), self.num_choices)
+        choices = checkpoint_name(choices, "routed")
+        top = jnp.take_along_axis(probabilities, choices, axis=-1)
         weights = top / jnp.sum(top, axis=-1, keepdims=True)
         weights *= self.per_expert_scale[...].astype(jnp.float32)[choices]
-        return choices, weights, _router_stats(probabilities, choices, is_token)
+        return choices, weights, _router_stats(scores, probabilities, choices, is_token)
 
 
-def _router_stats(probabilities: jax.Array, choices: jax.Array, is_token: jax.Array) -> RouterStats:
+def _router_stats(scores: jax.Array, probabilities: jax.Array, choices: jax.Array, is_token: jax.Array) -> RouterStats:
     num_experts = probabilities.shape[-1]
     count = jnp.maximum(jnp.sum(is_token), 1)
     token_weight = is_token[..., None].astype(jnp.float32)
     chosen = jnp.sum(jax.nn.one_hot(choices, num_experts), axis=2)
     load = jnp.sum(chosen * token_weight, axis=(0, 1)) / (count * choices.shape[-1])
     probability = jnp.sum(probabilities * token_weight, axis=(0, 1)) / count
-    return RouterStats(load, num_experts * jnp.sum(load * probability))
+    z_loss = jnp.sum(jax.nn.logsumexp(scores, axis=-1) ** 2 * is_token) / count
+    return RouterStats(load, num_experts * jnp.sum(load * probability), z_loss)
 
 
 class Experts(nnx.Module):
@@ -78,9 +85,11 @@ class Experts(nnx.Module):
         self.down = normal_param(rngs, expert | mlp | embed, param_dtype, stddev=config.expert_dim**-0.5)
 
     @jax.named_scope("experts")
-    def __call__(self, x: jax.Array, choices: jax.Array, weights: jax.Array, implementation: str) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, choices: jax.Array, weights: jax.Array, is_token: jax.Array, implementation: str
+    ) -> jax.Array:
         gate_up, down = value(weight(self, "gate_up")), value(weight(self, "down"))
-        return apply_experts(x, choices, weights, gate_up, down, implementation=implementation)
+        return apply_experts(x, choices, weights, gate_up, down, is_token=is_token, implementation=implementation)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -108,5 +117,5 @@ class MixtureOfExperts(nnx.Module):
           implementation: that computes the experts.
         """
         choices, weights, stats = self.router(residual, is_token)
-        sparse = self.experts(self.pre_norm(residual), choices, weights, implementation)
+        sparse = self.experts(self.pre_norm(residual), choices, weights, is_token, implementation)
         return self.dense_post_norm(dense) + self.post_norm(sparse), stats

@@ -72,10 +72,18 @@ def test_options_go_to_the_kind_and_the_task_that_take_them(numbers):
 
 def test_a_task_that_takes_all_columns_has_them_by_its_names(tmp_path):
     path = write(tmp_path, {"body": "one"}, {"body": "two", "id": 3})
-    documents = opened(path=path, columns={"text": "body"})
+    documents = opened(path=path, task="segments", columns={"text": "body"})
     assert documents[0].segments == (Text("one"),)
     with pytest.raises(InputError, match="with nothing else"):
         documents[1]
+
+
+def test_a_record_overrides_neither_a_column_that_is_named_nor_an_option(tmp_path):
+    record = {"question": "Hi", "prompt": "no", "completion": "Hello", "last_turn_only": None}
+    options = {"last_turn_only": True}
+    documents = opened(path=write(tmp_path, record), columns={"prompt": "question"}, options=options)
+    assert documents[0].conversation.messages[0]["content"] == "Hi"
+    assert documents[0].conversation.num_learned == 1
 
 
 def test_columns_are_called_what_the_task_calls_them(numbers):
@@ -98,10 +106,10 @@ MISTAKES = {
     r"columns\.number='n' is not possible: .* one of the columns of its records, number, word": {
         "columns": {"number": "n"}
     },
-    r"kind='number' is not possible: there are digits, python, jsonl, tfds, numbers, and the nearest is numbers": {
+    r"kind='number' is not possible: there are digits, .*, numbers, and the nearest is numbers": {
         "kind": "number"
     },
-    r"task='sentences' is not possible: there are segments, text, caption, sentence, and the nearest is sentence": {
+    r"task='sentences' is not possible: there are auto, .*, sentence, and the nearest is sentence": {
         "task": "sentences"
     },
     r"path='' is not possible: it must be where the records are": {"path": ""},

@@ -5,9 +5,10 @@ import grain
 import numpy as np
 import pytest
 
+from gemma4_jax.data import pack
 from gemma4_jax.data.encode import Example, Unreadable
 from gemma4_jax.data.images import ImagePatches
-from gemma4_jax.data.pack import LOOKAHEAD, PackIterDataset, RowShape, Rules, size_of
+from gemma4_jax.data.pack import LOOKAHEAD, PackIterDataset, RowShape, Rules, choose, size_of
 from gemma4_jax.errors import InputError
 
 SHAPE = RowShape(tokens=50, images=3, patches=80, patch_dim=12)
@@ -64,6 +65,48 @@ def test_rows_are_well_filled():
     rows = list(packing([text_example(int(n)) for n in np.random.default_rng(0).integers(5, 40, 1000)]))
     filled = np.mean([sum(len(example.tokens) for example in row) / SHAPE.tokens for row in rows[:-5]])
     assert filled > 0.97
+
+
+def mixture(num_documents, tokens, seed=0):
+    """[n, 4] sizes of short chats, long documents, and one to four images of 50 sizes with what is said of them."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice(3, num_documents, p=[0.3, 0.1, 0.6])
+    sizes = []
+    for kind in kinds:
+        num_images = rng.choice([1, 1, 1, 2, 3, 4]) if kind == 2 else 0
+        soft = int(rng.choice(np.linspace(30, 280, 50).astype(int), num_images).sum())
+        said = int(np.clip(rng.lognormal(*[(5.3, 0.7), (7.6, 0.6), (4.3, 0.8)][kind]), 10, tokens - 1200))
+        sizes.append((said + soft + 2 * num_images, num_images, 9 * soft, 0))
+    return np.array(sizes)
+
+
+def test_a_mixture_fills_tokens_and_patches():
+    """With room for 1.15 times the patches that the tokens of a row bring, which would be 87% if no token were free."""
+    sizes = mixture(3000, 8192)
+    room = np.array([8192, 64, 9 * int(1.15 / 9 * 8192 * sizes[:, 2].sum() / sizes[:, 0].sum()), 0])
+    rows, waiting = [], list(range(len(sizes)))
+    while len(waiting) > LOOKAHEAD:
+        chosen = [waiting[i] for i in choose(sizes[waiting[:LOOKAHEAD]], room)]
+        rows.append(sizes[chosen].sum(axis=0))
+        waiting = [i for i in waiting if i not in chosen]
+    tokens, _, patches, _ = np.mean(rows, axis=0)
+    assert tokens / room[0] > 0.98
+    assert patches / room[2] > 0.86
+
+
+def test_a_row_takes_what_leaves_least_of_tokens_and_patches():
+    sizes = np.array([(10, 1, 20, 0), (60, 0, 0, 0), (50, 1, 60, 0), (40, 1, 60, 0), (90, 0, 0, 0), (40, 0, 0, 0)])
+    assert choose(sizes, np.array([100, 4, 80, 0])) == [0, 2, 5]
+    assert choose(sizes, np.array([100, 1, 80, 0])) == [0, 4]  # no image is left
+    assert choose(sizes[1:2], np.array([100, 0, 0, 0])) == [0]
+
+
+def test_pixels_that_wait_are_bounded(monkeypatch):
+    monkeypatch.setattr(pack, "WAITING_BYTES", 20 * 12 * 10)
+    iterator = packing([image_example(30, [20], f"document {i}") for i in range(60)])
+    first = next(iterator)
+    assert len(first) + len(iterator.get_state()["waiting"]) == 10
+    assert [example.name for row in [first, *iterator] for example in row] == [f"document {i}" for i in range(60)]
 
 
 def test_no_example_waits_for_more_rows_than_the_lookahead():
@@ -155,7 +198,8 @@ def packed(iterator):
     return iterator
 
 
-def test_the_rate_is_the_same_across_a_resume():
+def test_the_rate_is_the_same_across_a_resume(monkeypatch):
+    monkeypatch.setattr(pack, "LOOKAHEAD", 8)
     examples = [example for i in range(60) for example in (text_example(9), bad(i, "broken"))]
     iterator = packing(examples)
     next(iterator)

@@ -103,15 +103,15 @@ def test_orbax_saves_and_restores_it(make_iterator, tmp_path):
 
 
 def test_processes_share_the_documents_out(make_iterator, make_config, tokenizer, tmp_path):
-    texts = [f"document {i}" for i in range(256)]
+    texts = [f"document {i}" for i in range(768)]
     config = make_config(sources=write_jsonl(tmp_path / "mine.jsonl", texts), seq_len=80)
     halves = []
     for process in range(2):
         iterator = make_iterator(config, process_index=process, process_count=2)
-        halves.append(first_texts(iterator, tokenizer, 12))
+        halves.append(first_texts(iterator, tokenizer, 32))
         assert next(iterator).tokens.shape == (2, 80)
-    # An epoch is 128 documents in each process; its end is not sharp, because the packer chooses among some ahead.
-    assert min(map(len, halves)) > 200
+    # An epoch is 384 documents in each process; its end is not sharp, because the packer chooses among some ahead.
+    assert min(map(len, halves)) > 520
     assert set(halves[0][:80]).isdisjoint(halves[1][:80])
     assert {text for half in halves for text in half} == set(texts)
 
@@ -216,7 +216,7 @@ def test_a_missing_image_of_a_waiting_document_is_named_at_resume(make_iterator,
     iterator = make_iterator(config)
     next(iterator)
     state = iterator.get_state()
-    for i in range(0, 40, 2):
+    for i in range(0, 40, 4):
         (tmp_path / f"{i}.png").unlink()
     named = r"'mine'.*mine\.jsonl line \d+: the image '\d+\.png' is missing.*allow_changes=true"
     with pytest.raises(InputError, match=named):

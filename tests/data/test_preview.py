@@ -76,6 +76,8 @@ TASKS = {
     "segments": {"segments": [{"image": "a.png"}, {"text": "what? ", "loss": False}, {"text": "a cat"}]},
     "text": {"text": "a cat", "id": 3},
     "caption": {"image": "a.png", "prompt": "what? ", "text": "a cat"},
+    "interleaved": {"texts": [None, "a cat", None], "images": ["a.png", None, None]},
+    "chat": {"image": "a.png", "prompt": "what? ", "completion": "a cat"},
 }
 
 
@@ -87,7 +89,7 @@ def test_the_documents_of_every_task_are_previewed(make_config, tmp_path, task):
     preview(make_config(sources={"mine": source}, batch_size=1), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text("utf-8")
     learned = re.findall(r"<span class='t loss[^']*' title='[^']*'>(.*?)</span>", page)
-    assert "".join(learned).startswith("a cat&lt;eos&gt;")
+    assert "".join(learned).startswith("a cat&lt;turn|&gt;" if task == "chat" else "a cat&lt;eos&gt;")
     num_images = re.search(r"Row 1 <small>[^<]* (\d+) images? ", page)[1]
     assert (num_images != "0") == (task != "text")
 

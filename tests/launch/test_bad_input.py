@@ -59,7 +59,7 @@ MISTAKES = [
     ("--config.name=", "name=''", "not empty"),
     ("--config.optimizer.learning_rate=-0.1", "optimizer.learning_rate=-0.1", "greater than 0"),
     ("--config.optimizer.b2=1", "optimizer.b2=1.0", "less than 1"),
-    ("--config.train.remat=half", "train.remat='half'", "one of none, dots, full"),
+    ("--config.train.remat=half", "train.remat='half'", "one of none, dots, attention, full, offload"),
     ("--config.train.compute_dtype=float16", "train.compute_dtype='float16'", "bfloat16"),
     ("--config.data.soft_tokens_per_image=100", "data.soft_tokens_per_image=100", "70, 140, 280, 560, 1120"),
     ("--config.run_dir=gs://bucket/run", "run_dir='gs://bucket/run'", "a local path; mount a bucket"),

@@ -1,13 +1,15 @@
 import functools
 import itertools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from gemma4_jax.errors import InputError
-from gemma4_jax.ops.attention import IMPLEMENTATIONS, Implementation, Shape, attend, choose
+from gemma4_jax.ops.attention import IMPLEMENTATIONS, Implementation, Shape, attend, choose, with_halo
 from gemma4_jax.ops.attention.spans import Spans, document_spans, member_spans
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import make_mesh
@@ -93,10 +95,12 @@ def by_hand(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np
     return out
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "name", [name for name in IMPLEMENTATIONS if name not in {"interval"}]
+)  # tests/ops/test_interval.py has that
 def test_every_implementation_is_a_softmax_over_the_span_for_each_head_of_its_group(name):
     q, k, v = random(2, 14, 6, 4, seed=0), random(2, 14, 3, 4, seed=1), random(2, 14, 3, 4, seed=2)
-    spans = spans_of(SEGMENTS, IMAGES, 3)
+    spans = spans_of(SEGMENTS, None if name == "banded" else IMAGES, 3)  # images have no bound that it could know
     given = attend(q, k, v, spans, implementation=name)
     np.testing.assert_allclose(given, by_hand(*map(np.asarray, (q, k, v)), np.asarray(spans.mask(14))), atol=TOLERANCE)
 
@@ -118,12 +122,15 @@ def layout(length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return segments, images
 
 
-# (spans, keys): documents with images under a window, without one, patches of images, a cache longer than the queries.
+# (spans, keys): documents with images under a window, without any, without a window, frames of sounds, patches, and a
+# cache longer than the queries.
 CASES = {
-    "sliding": (lambda: spans_of(*layout(300, 0), 40), 300),
-    "global": (lambda: spans_of(layout(300, 1)[0], None, None), 300),
-    "patches": (lambda: member_spans(jnp.asarray(layout(300, 2)[0])), 300),
-    "cache": (lambda: spans_of(layout(300, 3)[0], None, 100), 350),
+    "sliding": (lambda: spans_of(*layout(304, 0), 40), 304),
+    "global": (lambda: spans_of(layout(304, 1)[0], None, None), 304),
+    "window": (lambda: spans_of(layout(304, 4)[0], None, 40), 304),
+    "heard": (lambda: member_spans(jnp.asarray(layout(304, 5)[0]), back=11, ahead=7), 304),
+    "patches": (lambda: member_spans(jnp.asarray(layout(304, 2)[0])), 304),
+    "cache": (lambda: spans_of(layout(304, 3)[0], None, 100), 350),
 }
 
 
@@ -132,7 +139,7 @@ def outputs_and_gradients(name: str, case: str, dtype: jnp.dtype, mesh: tuple[tu
     make_spans, num_keys = CASES[case]
     spans = make_spans()
     heads = 2 if "cache" in case else 4
-    q, direction = random(2, 300, 4, 8, seed=0, dtype=dtype), random(2, 300, 4, 8, seed=3)
+    q, direction = random(2, 304, 4, 8, seed=0, dtype=dtype), random(2, 304, 4, 8, seed=3)
     k, v = (random(2, num_keys, heads // 2, 8, seed=seed, dtype=dtype) for seed in (1, 2))
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -154,8 +161,17 @@ def assert_close(given: list, expected: list, tolerance: float) -> None:
         np.testing.assert_allclose(ours, plain, atol=tolerance * np.abs(plain).max())
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "reference"])
+def able(names: Iterable[str], cases: Iterable[str]) -> list[tuple[str, str]]:
+    """(implementation, case) for what an implementation is for."""
+    pairs = []
+    for name, case in itertools.product(names, cases):
+        make_spans, num_keys = CASES[case]
+        shape = Shape(304, num_keys, 8, make_spans().back, make_spans().ahead)
+        pairs += [(name, case)] if IMPLEMENTATIONS[name].reason_against(shape, "cpu") is None else []
+    return pairs
+
+
+@pytest.mark.parametrize(("name", "case"), able([name for name in IMPLEMENTATIONS if name not in {"reference"}], CASES))
 def test_every_implementation_equals_the_reference_forward_and_backward(name, case):
     expected = outputs_and_gradients("reference", case, jnp.float32)
     assert_close(outputs_and_gradients(name, case, jnp.float32), expected, TOLERANCE)
@@ -163,16 +179,31 @@ def test_every_implementation_equals_the_reference_forward_and_backward(name, ca
     assert_close(outputs_and_gradients(name, case, jnp.bfloat16), expected, 3e-2)
 
 
-MESHES = [{"data": 2, "tensor": 4}, {"context": 2, "fsdp": 2, "tensor": 2}, {"context": 4, "expert": 2}]
+MESHES = [{"data": 2, "tensor": 4}, {"context": 2, "fsdp": 2, "tensor": 2}, {"context": 4, "expert": 2}, {"context": 8}]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_on_a_mesh_it_is_the_same(name, mesh):
+@pytest.mark.parametrize(("name", "case"), able(IMPLEMENTATIONS, ["sliding", "cache", "window", "heard"]))
+def test_on_a_mesh_it_is_the_same(name, case, mesh):
     """Among them: positions that are spread, fewer key-value heads than shards of heads."""
-    for case in ("sliding", "cache"):
-        given = outputs_and_gradients(name, case, jnp.float32, tuple(mesh.items()))
-        assert_close(given, outputs_and_gradients("reference", case, jnp.float32), TOLERANCE)
+    given = outputs_and_gradients(name, case, jnp.float32, tuple(mesh.items()))
+    assert_close(given, outputs_and_gradients("reference", case, jnp.float32), TOLERANCE)
+
+
+@pytest.mark.parametrize(("back", "ahead"), [(0, 0), (3, 0), (12, 5), (40, 30)])
+def test_a_halo_is_what_the_whole_has_around_a_shard(back, ahead):
+    """Shards of 12 positions: less than one on either side, one, and several."""
+    x = random(2, 96, 3, seed=0)
+    with jax.set_mesh(make_mesh({"context": 8})):
+        spread = jax.jit(
+            jax.shard_map(
+                lambda x: with_halo(x, back, ahead), in_specs=P(None, "context"), out_specs=P(None, "context")
+            )
+        )
+        shards = np.split(np.asarray(spread(x)), 8, axis=1)
+    around = np.pad(x, ((0, 0), (back, ahead), (0, 0)))
+    for i, shard in enumerate(shards):
+        np.testing.assert_array_equal(shard, around[:, 12 * i : 12 * i + back + 12 + ahead])
 
 
 def test_blocks_that_nobody_sees_are_not_visited():
@@ -189,12 +220,13 @@ def test_the_choice_is_the_first_that_can_and_names_why_others_cannot(caplog):
     caplog.set_level("INFO")
     assert choose(KernelPolicy(), Shape(512, 512, 64)) == "blockwise"
     assert choose(KernelPolicy(), Shape(1, 511, 64)) == "reference"
-    assert "reference (not blockwise: it has fewer queries than a block, which is 64)" in caplog.text
-    with pytest.raises(
-        InputError, match=r"'blockwise' is not possible for 1 queries .* is 64; possible are auto, reference"
-    ):
-        choose(KernelPolicy(attention="blockwise"), Shape(1, 510, 64))
-    with pytest.raises(InputError, match=r"'flash' is not possible .* none of this name; possible are auto, blockwise"):
+    assert "not blockwise: it has fewer queries than a block, which is 64)" in caplog.text
+    caplog.clear()
+    assert choose(KernelPolicy(attention="blockwise"), Shape(1, 510, 64)) == "reference"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "not blockwise: it has fewer queries than a block" in record.getMessage()
+    with pytest.raises(InputError, match=r"attention='flash' is not possible: .* one of interval, banded, blockwise"):
         choose(KernelPolicy(attention="flash"), Shape(512, 512, 64))
 
 

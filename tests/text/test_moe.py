@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from gemma4_jax.sizes import quickstart
+from gemma4_jax.stack import REMAT_POLICIES
 from gemma4_jax.text.moe import Router
 
 CONFIG = dataclasses.replace(quickstart().text, embed_dim=8, num_experts=4, num_experts_per_token=2, expert_dim=3)
@@ -40,6 +41,15 @@ def test_padding_is_not_counted(router):
     np.testing.assert_allclose(jnp.sum(stats.load), 1, rtol=1e-6)
     _, _, other = router(elsewhere, ALL)
     assert not np.array_equal(stats.load, other.load)
+
+
+def test_the_z_loss_is_that_of_tokens_alone(router):
+    is_token = jnp.arange(16) < jnp.array([[16], [5], [0]])
+    x = np.asarray(tokens(), np.float64)
+    u = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.norm_eps) / np.sqrt(CONFIG.embed_dim)
+    scores = (u @ np.asarray(router.kernel[...]))[np.asarray(is_token)]
+    expected = np.mean(np.log(np.sum(np.exp(scores), axis=-1)) ** 2)
+    np.testing.assert_allclose(router(tokens(), is_token)[2].z_loss, expected, rtol=1e-5)
 
 
 def test_a_batch_of_padding_alone_has_no_load_and_is_a_number(router):
@@ -79,3 +89,17 @@ def test_weights_are_the_chosen_probabilities_made_one_and_scaled(router):
     expected = chosen / chosen.sum(axis=-1, keepdims=True) * (choices + 1)
     # float32 sums in another order: the largest measured error is 2.4e-7.
     np.testing.assert_allclose(weights, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("policy", [policy for policy in REMAT_POLICIES if policy != "none"])
+def test_where_a_token_goes_is_decided_once(router, policy):
+    graphdef, state = nnx.split(router)
+
+    def loss(state: nnx.State, x: jax.Array) -> jax.Array:
+        def route(x: jax.Array) -> jax.Array:
+            _, weights, stats = nnx.merge(graphdef, state)(jnp.sin(x), ALL)
+            return jnp.sum(jnp.sin(weights)) + stats.load_balance_loss
+
+        return jax.checkpoint(route, policy=REMAT_POLICIES[policy], prevent_cse=False)(x)
+
+    assert str(jax.make_jaxpr(jax.grad(loss, argnums=1))(state, tokens())).count("top_k[") == 1

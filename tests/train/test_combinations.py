@@ -1,7 +1,9 @@
 """One tiny step on every mesh axis alone, with and without what a model or a batch may lack, cut into pieces or not."""
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +51,7 @@ def take_step(config: Gemma4Config, batch: Batch, sizes: dict[str, int], num_pie
     """The metrics of the first step from the weights of tests/hf/samples.py, which depend on a tensor's name alone."""
     run = command_line.load(Path(__file__).parent / "tiny.py")
     run.data.batch_size, run.train.loss_chunk, run.train.grad_accum_steps = len(batch.tokens), LENGTH // 2, num_pieces
-    mesh = make_mesh(sizes, jax.devices()[: 2 if sizes else 1])
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     program = make_program(dataclasses.replace(typed(run), model=config), mesh)
     values = nnx.state(samples.model(config, samples.lively_weights(config)))
     with jax.set_mesh(mesh):
@@ -82,13 +84,45 @@ def expected() -> dict[bool, StepMetrics]:
 def test_a_step_is_the_same_on_every_mesh_axis_whatever_is_absent(axis, towers, with_images, num_pieces, expected):
     batch = rows_of(TEXT, with_images=with_images)
     assert (batch.patches.shape[1] > 0) == with_images
-    metrics, wanted = (
-        take_step(dataclasses.replace(TEXT, **towers), batch, {axis: 2}, num_pieces),
-        expected[with_images],
-    )
+    metrics = take_step(dataclasses.replace(TEXT, **towers), batch, {axis: 2}, num_pieces)
+    assert_same(metrics, expected[with_images])
+
+
+def assert_same(metrics: StepMetrics, wanted: StepMetrics) -> None:
     # Sums in float32 in another order: the largest measured difference is 1.5e-7 of a value.
     given, expected = ({**step.means, "grad_norm": step.grad_norm} for step in (metrics, wanted))
     for name, value in expected.items():
         np.testing.assert_allclose(given[name], value, rtol=2e-6, err_msg=name)
     assert (int(metrics.tokens), int(metrics.images)) == (int(wanted.tokens), int(wanted.images))
     assert bool(metrics.is_sane)
+
+
+def sliding(**changes: Any) -> Gemma4Config:
+    """A sliding layer and a global one, twice, of which the second pair has no keys and values of its own."""
+    text = {"num_layers": 4, "attention_period": 2, "num_kv_shared_layers": 2, "sliding_window": 8, "vocab_size": 64}
+    return dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, **text, **changes))
+
+
+@pytest.fixture(scope="module")
+def expected_sliding() -> dict[bool, StepMetrics]:
+    """By whether soft tokens of an image see each other."""
+    batch = rows_of(TEXT, with_images=True)
+    return {both: take_step(sliding(image_blocks_bidirectional=both), batch, {}, 1) for both in (False, True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "sees_ahead"),
+    [
+        ({"context": 2}, True),
+        ({"context": 4, "fsdp": 2}, False),
+        ({"context": 2, "tensor": 2, "expert": 2}, False),
+        ({"context": 8}, False),
+    ],
+    ids=str,
+)
+def test_positions_may_be_spread(sizes, sees_ahead, expected_sliding):
+    """Documents and windows go across the shards of a row: a shard of context=8 is half a window."""
+    config = sliding(image_blocks_bidirectional=sees_ahead)
+    metrics = take_step(config, rows_of(TEXT, with_images=True), sizes, 1)
+    assert_same(metrics, expected_sliding[sees_ahead])

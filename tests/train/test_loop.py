@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -140,3 +141,18 @@ def test_text_alone(short_config):
     assert "eval_exact_match" not in summary
     assert summary["eval_loss"] > 0
     assert records_of(Path(short_config.run_dir))[0]["images"] == 0
+
+
+def test_an_expert_that_starves_is_named_once_and_not_in_the_warmup(shallow_config):
+    said = []
+    run = types.SimpleNamespace(
+        config=typed(shallow_config), starving=set(), terminal=types.SimpleNamespace(say=said.append)
+    )
+    load = [[0.25, 0.25, 0.25, 0.25], [0.01, 0.49, 0.25, 0.25]]
+    for step in (shallow_config.optimizer.warmup_steps, 10, 11):
+        loop._Run._warn_of_starving_experts(run, {"step": step, "expert_load": load})
+    loop._Run._warn_of_starving_experts(run, {"step": 12, "expert_load": [[0.01, 0.33, 0.33, 0.33], load[1]]})
+    assert said == [
+        "expert 0 of layer 1 starves at step 10: 4.0% of an even share of the tokens",
+        "expert 0 of layer 0 starves at step 12: 4.0% of an even share of the tokens",
+    ]

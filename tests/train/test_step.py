@@ -84,15 +84,17 @@ def test_frozen_parameters_may_be_kept_in_bfloat16(shallow_config):
     shallow_config.train.frozen_dtype = "bfloat16"
     half = Session(shallow_config)
     batch = next(whole.iterator)
+    kept = arrays(nnx.filter_state(whole.state.frozen, nnx.Param))
     for path, value in arrays(nnx.filter_state(half.state.frozen, nnx.Param)).items():
         assert path[0] in ("vision", "image_projection")
         assert value.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(value, kept[path].astype(jnp.bfloat16))
     for (path, leaf), other in zip(
         nnx.to_flat_state(half.state.trained), jax.tree.leaves(whole.state.trained), strict=True
     ):
         np.testing.assert_array_equal(leaf.get_value(), other, err_msg=str(path))
     losses = [float(session.run(session.state, batch)[1].means["loss"]) for session in (whole, half)]
-    assert losses[0] != losses[1]
+    # So little of the loss depends on images at first that it may be the same in float32.
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 

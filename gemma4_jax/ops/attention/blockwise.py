@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma4_jax.ops.attention.spans import Spans
 
@@ -106,6 +107,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, plan: _Plan) -> tuple[jax
         return (out / total[..., None]).astype(q.dtype), largest + jnp.log(total)
 
     out, log_sum = jax.lax.map(attend_block, (q, plan))
+    out, log_sum = (checkpoint_name(x, "attended") for x in (out, log_sum))
     return out, (q, k, v, plan, out, log_sum)
 
 

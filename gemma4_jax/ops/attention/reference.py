@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma4_jax.ops.attention.spans import Spans
 
@@ -27,4 +28,4 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans) 
     mask = jnp.where(spans.mask(k.shape[1]), 0, _MASKED)
     weights = jax.nn.softmax(logits + mask[:, None, None], axis=-1)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    return out.reshape(b, t, n, h)
+    return checkpoint_name(out.reshape(b, t, n, h), "attended")

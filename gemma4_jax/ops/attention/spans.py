@@ -21,10 +21,18 @@ class Spans:
 
     Attributes:
       start, stop: [B, T] int32; start < stop, for a softmax over nothing is no number.
+      back, ahead: how far before and behind its own place a query sees at most, where that is known before the batch
+        is: static, so that an implementation can be shaped by it.
     """
 
     start: jax.Array
     stop: jax.Array
+    back: int | None = dataclasses.field(default=None, metadata={"static": True})
+    ahead: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def moved(self, distance: jax.Array | int) -> "Spans":
+        """The same keys where they stand so much further on."""
+        return dataclasses.replace(self, start=self.start + distance, stop=self.stop + distance)
 
     def mask(self, num_keys: int) -> jax.Array:
         """[B, T, S] bool: whether a query sees a key."""
@@ -46,7 +54,10 @@ def document_spans(
     """
     back = positions if window is None else jnp.minimum(positions, window - 1)
     ahead = 0 if image_ids is None else jnp.where(image_ids > 0, _runs(image_ids)[1], 0)
-    return Spans(index - back, index + ahead + 1)
+    is_causal = image_ids is None
+    return Spans(
+        index - back, index + ahead + 1, None if window is None else window - 1, ahead=0 if is_causal else None
+    )
 
 
 def text_spans(config: TextConfig, positions: jax.Array, index: jax.Array, image_ids: jax.Array) -> tuple[Spans, Spans]:
@@ -67,7 +78,8 @@ def member_spans(ids: jax.Array, *, back: int | None = None, ahead: int | None =
     index = jnp.arange(ids.shape[1])
     first, last = (jnp.where(ids > 0, distance, 0) for distance in _runs(ids))
     start = index - (first if back is None else jnp.minimum(first, back))
-    return Spans(start, index + (last if ahead is None else jnp.minimum(last, ahead)) + 1)
+    stop = index + (last if ahead is None else jnp.minimum(last, ahead)) + 1
+    return Spans(start, stop, back, ahead)
 
 
 def _runs(ids: jax.Array) -> tuple[jax.Array, jax.Array]:

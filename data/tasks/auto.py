@@ -1,0 +1,75 @@
+"""A record of any known shape, each made a document by the task of its shape."""
+
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+from gemma4_jax.data.document import Document
+from gemma4_jax.data.tasks.caption import caption
+from gemma4_jax.data.tasks.chat import FORMS, chat
+from gemma4_jax.data.tasks.interleaved import interleaved
+from gemma4_jax.data.tasks.segments import segments
+from gemma4_jax.data.tasks.text import text
+from gemma4_jax.errors import InputError
+
+SHAPES: dict[tuple[str, ...], str] = {
+    ("segments",): "segments",
+    **dict.fromkeys(FORMS, "chat"),
+    ("texts", "images"): "interleaved",
+    ("image", "text"): "caption",
+    ("image", "caption"): "caption",
+    ("text",): "text",
+}
+"""Columns that a record of a shape has -> its task."""
+
+
+def auto(*, last_turn_only: bool = False, **record: Any) -> Document:
+    """The document of a record whose columns tell what it is: one of `SHAPES`, with any columns beside.
+
+    A text beside a conversation, or beside segments, is what somebody wrote of it, and is not read.
+
+    Args:
+      last_turn_only: of conversations, see `chat`.
+      record: a null is as good as nothing.
+    Raises:
+      InputError: it is of no known shape, or of several.
+    """
+    given = {name: value for name, value in record.items() if value is not None}
+    shapes = [shape for shape in SHAPES if given.keys() >= set(shape)]
+    tasks = {SHAPES[shape] for shape in shapes}
+    if len(tasks) > 1:
+        tasks -= {"text"}  # an image has a text as well, and sets of instructions their rendering
+    if tasks == {"interleaved", "chat"} and isinstance(given["texts"], list):
+        is_chat = any(isinstance(text, Mapping) for text in given["texts"])
+        tasks = {"chat"} if is_chat else {"interleaved"}
+    if tasks == {"caption", "chat"}:
+        tasks = {"chat"}  # its image and its rendering
+    if len(tasks) != 1:
+        raise InputError(_refusal(given, sorted(tasks)))
+    match tasks.pop():
+        case "segments":
+            return segments(segments=given["segments"])
+        case "chat":
+            return chat(last_turn_only=last_turn_only, **given)
+        case "interleaved":
+            return interleaved(given["texts"], given["images"])
+        case "caption":
+            return caption(given["image"], given.get("text", given.get("caption")), given.get("prompt", ""))
+        case _:
+            return text(given["text"])
+
+
+def _refusal(record: Mapping[str, Any], tasks: list[str]) -> str:
+    columns = ", ".join(map(str, record)) or "none"
+    if tasks:
+        return f"its columns, {columns:.200}, are of several shapes: name its task, one of {', '.join(tasks)}."
+    accepted = ", or ".join(" and ".join(shape) for shape in SHAPES)
+    near = max(SHAPES, key=lambda shape: _likeness(shape, [str(column) for column in record]))
+    known = f"those are {accepted}; the nearest is {' and '.join(near)}"
+    return f"its columns, {columns:.200}, are of no known shape: {known}."
+
+
+def _likeness(shape: Sequence[str], columns: Sequence[str]) -> float:
+    """How much the columns of a shape are like those that there are, between 0 and 1."""
+    alike = [max((SequenceMatcher(None, name, column).ratio() for column in columns), default=0.0) for name in shape]
+    return sum(alike) / len(alike)

@@ -1,0 +1,129 @@
+"""Every source in the table of docs/data.md is one that reads, from files as people have them."""
+
+import ast
+import gzip
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from gemma4_jax.data.iterator import read_counters
+from gemma4_jax.data.pipeline import make_train_iterator
+from gemma4_jax.launch import cli, command_line
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+SOURCES = [
+    ast.literal_eval(source)
+    for source in re.findall(r"\| `(\{'.*\})` \|$", PAGE.read_text(), re.MULTILINE)
+    if "'tfds'" not in source  # tests/data/test_sources.py has it
+]
+PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+
+
+def png():
+    file = io.BytesIO()
+    PIL.Image.fromarray(PIXELS).save(file, "PNG")
+    return file.getvalue()
+
+
+def asked(*content):
+    return [{"role": "user", "content": list(content)}, {"role": "assistant", "content": "A cat."}]
+
+
+IMAGE = {"bytes": png(), "path": "a.png"}
+TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+LLAVA = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]
+RECORDS = {
+    "chat.jsonl": [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}],
+    "sharegpt.json": [{"id": "a", "conversations": TURNS}],
+    "llava.json": [{"id": "1", "image": "a.png", "conversations": LLAVA}, {"id": "2", "conversations": TURNS}],
+    "alpaca.json": [{"instruction": "Add.", "input": "1 + 1", "output": "2", "text": "Below is an instruction"}],
+    "prompts.jsonl.gz": [{"prompt": "Hi", "completion": "Hello"}],
+    "questions.jsonl": [{"question": "Hi", "answer": "Hello"}],
+    "captions.jsonl": [{"image": "pictures/a.png", "caption": "a cat"}],
+    "segments.jsonl": [
+        {"segments": [{"image": "pictures/a.png"}, {"text": "What? ", "loss": False}, {"text": "A cat."}]}
+    ],
+    "vision-0.parquet": [{"images": [IMAGE], "messages": asked({"type": "image"}, {"type": "text", "text": "What?"})}],
+    "vision-1.parquet": [{"images": [IMAGE], "messages": asked({"type": "text", "text": "What?"})}],
+    "questions.parquet": [{"images": [IMAGE], "texts": [{"user": "What?", "assistant": "A cat.", "source": "vqa"}]}],
+    "web.parquet": [{"texts": ["A cat:", None], "images": [None, {"bytes": png(), "path": None}]}],
+    "text.parquet": [{"text": "all the text", "url": "https://example.org", "language": "en"}],
+    "content.parquet": [{"content": "all the text"}],
+}
+"""File -> its records; each record has the shape of a set that is on the hub."""
+
+
+def with_parts(messages):
+    """As Arrow has them: every content of one type."""
+    return [
+        message | {"content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message["content"], str)
+        else message
+        for message in messages
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, records in RECORDS.items():
+        path = folder / name
+        if path.suffix == ".parquet":
+            arrow = pytest.importorskip("pyarrow")
+            parquet = pytest.importorskip("pyarrow.parquet")
+            rows = [
+                record | ({"messages": with_parts(record["messages"])} if "messages" in record else {})
+                for record in records
+            ]
+            parquet.write_table(arrow.Table.from_pylist(rows), path)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(records, indent=1))
+        else:
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "a.png").write_bytes(png())
+    (folder / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
+            for field, content in {"jpg": png(), "txt": b"a cat", "json": b'{"url": "https://example.org"}'}.items():
+                member = tarfile.TarInfo(f"{shard:05}.{field}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def test_the_table_has_every_kind_of_record():
+    named = {name for source in SOURCES for name in RECORDS if Path(name).match(source["path"])}
+    assert named == RECORDS.keys()
+    assert {source.get("kind", "jsonl") for source in SOURCES} == {"jsonl", "parquet", "webdataset"}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source["path"])
+def test_a_source_of_the_table_is_read_as_it_stands(source, folder, tokenizer, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = command_line.from_command_line(["--config=quickstart", f"--config.data.sources={{'mine': {source}}}"])
+    iterator = make_train_iterator(config.resolved(), tokenizer)
+    batch = next(iterator)
+    counters = {name: count for name, count in read_counters(iterator)["mine"].items() if count}
+    iterator.close()
+    assert counters.keys() <= {"read", "documents", "images"}  # nothing is left out
+    has_images = any(word in str(source) for word in ("llava", "vision", "ques", "tar", "capt", "web", "segm"))
+    assert ("images" in counters) == (has_images and source["path"] != "questions.jsonl")
+    learned = tokenizer.decode(batch.targets[0][batch.loss_weights[0] > 0].tolist())
+    assert re.search(r"Hello<turn\|>|cat\.?<(turn\||eos)>|2<turn\||all the text<eos>|A cat:", learned)
+    assert not re.search("What|Hi|Add", learned)
+
+
+def test_the_command_of_the_page_writes_a_preview(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (command,) = re.findall(r"^    gemma4 (preview .*)$", PAGE.read_text(), re.MULTILINE)
+    config, sources = re.fullmatch(r"preview (\S+) (.*)", command).groups()
+    assert cli.main(["preview", config, sources.replace('"', "")]) == 0
+    assert "Hello" in re.sub("<[^>]*>", "", (folder / "preview.html").read_text())
