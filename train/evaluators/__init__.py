@@ -1,5 +1,6 @@
 """What is measured now and then beside the training loss: KIND -> how it is made, one file each."""
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -26,15 +27,15 @@ class Setting:
     pause: Callable[[], None]
 
 
-class Evaluator:
+class Evaluator(abc.ABC):
     """Measures a model. Every process makes it, and calls it at the same steps."""
 
-    def compile(self, state: TrainState) -> None:
+    def compile(self, state: TrainState) -> None:  # noqa: B027, which need not do anything
         """Compiles what `measure` will need, so that it cannot fail for want of it later."""
 
+    @abc.abstractmethod
     def measure(self, state: TrainState) -> dict[str, float]:
         """Name -> figure; the run's metrics call it EVALUATOR_NAME."""
-        raise NotImplementedError
 
     def finish(self, state: TrainState) -> tuple[dict[str, float], list[Any]]:
         """At the end of the run: more figures for its summary, and `answers.Reading`s for its report."""
