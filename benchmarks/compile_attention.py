@@ -149,7 +149,9 @@ def main() -> None:
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         figures[name] = json.loads(finished.stdout.splitlines()[-1])
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
-    PAGE.write_text(PAGE.read_text().partition(MARK)[0].rstrip() + "\n\n" + page(figures))
+    before, _, section = PAGE.read_text().partition(MARK)
+    _, mark, behind = section.partition("\n## ")
+    PAGE.write_text(before.rstrip() + "\n\n" + page(figures) + mark + behind)
     print(page(figures))
 
 

@@ -2,10 +2,11 @@
 
   gemma4 train --config=finetune_26b_a4b --config.init.from_hf=CHECKPOINT --config.tokenizer=CHECKPOINT
 
-A starting point that has not been trained to its end: the architecture is the released one, and the step has been
-compiled for the slice (docs/compiled.md: what it takes of a chip). Without init.from_hf it begins from random
-parameters. Of 25.8 billion parameters the experts are 22.8 billion; they, their gradients and both moments take 16
-bytes each in float32, 365 GB, spread over all 64 devices. The rest of the decoder is spread over fsdp only.
+A starting point that has not been trained to its end: the architecture is the released one, and the compiler has given
+every buffer of the step its place on the slice (docs/compiled.md: what it takes of a chip). Without init.from_hf it
+begins from random parameters. Of 25.8 billion parameters the experts are 22.8 billion; they, their gradients and both
+moments take 16 bytes each in float32, 365 GB, spread over all 64 devices. The rest of the decoder is spread over fsdp
+only.
 """
 
 from ml_collections import ConfigDict

@@ -2,11 +2,11 @@
 
   gemma4 train --config=pretrain_31b --config.run_dir=/shared/31b --config.tokenizer=/shared/tokenizer.json
 
-A starting point that has not been trained to its end: the architecture is the released one, the step has been compiled
-for the slice (docs/compiled.md: what it takes of a chip), and the bundled sources only show the shape of
-`data.sources`. The tokenizer must be one of the model's vocabulary. There are 31.3 billion parameters; they, their
-gradients and both moments take 16 bytes each in float32, 500 GB, of which each of the 128 devices that share a copy
-holds 3.9 GB.
+A starting point that has not been trained to its end: the architecture is the released one, the compiler has given
+every buffer of the step its place on the slice (docs/compiled.md: what it takes of a chip), and the bundled sources
+only show the shape of `data.sources`. The tokenizer must be one of the model's vocabulary. There are 31.3 billion
+parameters; they, their gradients and both moments take 16 bytes each in float32, 500 GB, of which each of the 128
+devices that share a copy holds 3.9 GB.
 """
 
 from ml_collections import ConfigDict

@@ -2,11 +2,11 @@
 
   gemma4 train --config=pretrain_e2b --config.run_dir=/shared/e2b --config.tokenizer=/shared/tokenizer.json
 
-A starting point that has not been trained to its end: the architecture is the released one, the step has been compiled
-for the slice (docs/compiled.md: what it takes of a chip), and the bundled sources only show the shape of
-`data.sources`. The tokenizer must be one of the model's vocabulary. Without the audio tower there are 4.8 billion
-parameters; they, their gradients and both moments take 16 bytes each in float32, 77 GB, of which each of the 8 devices
-that share a copy holds 9.6 GB.
+A starting point that has not been trained to its end: the architecture is the released one, the compiler has given
+every buffer of the step its place on the slice (docs/compiled.md: what it takes of a chip), and the bundled sources
+only show the shape of `data.sources`. The tokenizer must be one of the model's vocabulary. Without the audio tower
+there are 4.8 billion parameters; they, their gradients and both moments take 16 bytes each in float32, 77 GB, of which
+each of the 16 devices that share a copy holds 4.8 GB.
 """
 
 from ml_collections import ConfigDict
@@ -15,14 +15,14 @@ from gemma4_jax.configs import base
 
 
 def get_config() -> ConfigDict:
-    """64 devices: 8 copies of parameters spread over 8 devices."""
+    """64 devices: 4 copies of parameters, each spread over a plane of 16 devices."""
     config = base.get_config("e2b")
     config.name = "pretrain_e2b"
     config.run_dir = "runs/pretrain_e2b"
     config.model.audio = None  # text and images only
 
     config.mesh.data = -1
-    config.mesh.fsdp = 8
+    config.mesh.fsdp = 16
 
     config.data.seq_len = 8192
     config.data.images_per_row = 16
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.data.num_workers = 8
 
     config.train.num_steps = 100_000
-    config.train.grad_accum_steps = 2
+    config.train.grad_accum_steps = 4
     config.train.remat = "full"
     config.train.loss_chunk = 512
 

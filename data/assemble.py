@@ -7,37 +7,44 @@ import numpy as np
 from gemma4_jax.audio.features import FRAMES_PER_SOFT_TOKEN, num_frame_places, num_soft_tokens
 from gemma4_jax.batch import Batch, padding
 from gemma4_jax.config import SpecialTokens
-from gemma4_jax.data.encode import Example
+from gemma4_jax.data.example import Example
 from gemma4_jax.data.images import ImagePatches
 from gemma4_jax.data.pack import RowShape
 
+WEIGHT_POWERS = {"token": 0.0, "square_root": 0.5, "document": 1.0}
+"""How `data.loss_weighting` weighs a token: by the number of learned tokens of its document to minus this power."""
 
-def assemble(rows: Sequence[Sequence[Example]], shape: RowShape, tokens: SpecialTokens) -> Batch:
+
+def assemble(
+    rows: Sequence[Sequence[Example]], shape: RowShape, tokens: SpecialTokens, *, weighting: str = "token"
+) -> Batch:
     """Writes packed rows into the arrays of a batch.
 
     Args:
       rows: B lists of examples, each of which fits in a row; an empty one makes a row of padding.
       shape: of a row.
       tokens: ids of the placeholders.
+      weighting: a key of `WEIGHT_POWERS`.
     Returns:
       Batch of numpy arrays.
     """
     arrays = padding({"batch": len(rows), **shape.sizes()})
     for b, examples in enumerate(rows):
         row = {name: array[b] for name, array in arrays.items()}
-        _write_text(row, examples)
+        _write_text(row, examples, WEIGHT_POWERS[weighting])
         _write_images(row, [image for example in examples for image in example.images], tokens.image)
         _write_sounds(row, [sound for example in examples for sound in example.sounds], tokens.audio)
     return Batch(**arrays)  # type: ignore[arg-type]  # numpy arrays on the host
 
 
-def _write_text(row: dict[str, np.ndarray], examples: Sequence[Example]) -> None:
+def _write_text(row: dict[str, np.ndarray], examples: Sequence[Example], power: float) -> None:
     start = 0
     for segment, example in enumerate(examples, start=1):
         n = len(example.tokens)
         row["tokens"][start : start + n] = example.tokens
         row["targets"][start : start + n - 1] = example.tokens[1:]
-        row["loss_weights"][start : start + n - 1] = example.carries_loss[1:]
+        learned = example.carries_loss[1:]
+        row["loss_weights"][start : start + n - 1] = learned * max(1, learned.sum()) ** -power
         row["positions"][start : start + n] = np.arange(n)
         row["segment_ids"][start : start + n] = segment
         start += n

@@ -1,12 +1,13 @@
 """The chat template that belongs to a tokenizer."""
 
+import contextlib
 import functools
-import json
 from importlib import resources
-from typing import Any
 
-from gemma4_jax.chat import MAX_CHARACTERS, ChatTemplate
+from gemma4_jax.chat import ChatTemplate, template_source
+from gemma4_jax.data.documents import Documents, open_documents
 from gemma4_jax.errors import InputError
+from gemma4_jax.run_config import DataConfig
 from gemma4_jax.tokenizer import Tokenizer
 
 PLAIN = resources.files("gemma4_jax.data").joinpath("bundled/plain_chat.jinja")
@@ -15,24 +16,43 @@ PLAIN = resources.files("gemma4_jax.data").joinpath("bundled/plain_chat.jinja")
 
 @functools.lru_cache(maxsize=8)
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """The template beside a tokenizer.json: chat_template.jinja, else that of tokenizer_config.json, else `PLAIN`.
+    """The template of a tokenizer, see `template_text`.
 
     Templates are compiled where they are needed, for they cannot be sent to worker processes.
 
     Raises:
-      InputError: the file cannot be read, or holds no template.
+      InputError: a file cannot be read, or holds no template.
     """
-    folder = tokenizer.path.parent
-    path = folder / "chat_template.jinja"
-    try:
-        if path.is_file():
-            with path.open(encoding="utf-8") as file:
-                return ChatTemplate(file.read(MAX_CHARACTERS + 1), tokenizer)
-        path = folder / "tokenizer_config.json"
-        config: Any = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        source = config.get("chat_template") if isinstance(config, dict) else None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    return ChatTemplate(source if isinstance(source, str) else PLAIN.read_text("utf-8"), tokenizer)
+    return ChatTemplate(template_text(tokenizer), tokenizer)
+
+
+def template_text(tokenizer: Tokenizer) -> str:
+    """The template beside a tokenizer.json (`template_source`), else `PLAIN`.
+
+    Raises:
+      InputError: a file cannot be read, or holds no template.
+    """
+    source = template_source(tokenizer.path.parent)
+    return PLAIN.read_text("utf-8") if source is None else source
+
+
+def plain_template_of(data: DataConfig, tokenizer: Tokenizer) -> str | None:
+    """`PLAIN`, if that is what chats of a run are written by, so that whoever talks to the model writes them alike.
+
+    None of a tokenizer with a template of its own, and of sources none of which gives chats, by its first document.
+
+    Raises:
+      InputError: a source cannot be read.
+    """
+    if template_source(tokenizer.path.parent) is not None:
+        return None
+    sources = data.mixture.values()
+    gives_chats = any(_gives_chats(open_documents(source, seed=data.seed)) for source in sources)
+    return PLAIN.read_text("utf-8") if gives_chats else None
+
+
+def _gives_chats(documents: Documents) -> bool:
+    for i in range(min(len(documents), 100)):
+        with contextlib.suppress(InputError):  # a broken record says nothing of the others
+            return documents[i].conversation is not None
+    return False

@@ -1,4 +1,4 @@
-"""`Document`: what every record becomes before it is encoded."""
+"""`Document`, or `Pair` of two: what every record becomes before it is encoded."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+
+from gemma4_jax.data.example import SizedExample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Sound:
     """A sound where it stands in a document.
 
     Attributes:
-      content: [n] floats, mono, 16,000 a second, within -1 and 1; the bytes of a WAV file; or a path, as in `Image`.
+      content: [n] floats, mono, 16,000 a second, within -1 and 1; the bytes of a sound file; or a path, as in `Image`.
       name: of its file, for messages; empty if it has none.
+      seconds: the stretch of it that is meant, (first, behind the last); None for all.
     """
 
     content: np.ndarray | bytes | str
     name: str = ""
+    seconds: tuple[int, int] | None = None
 
 
 Segment = Text | Image | Sound
@@ -80,9 +84,25 @@ class Document:
       name: of the record that it was made of, for messages; tasks leave it to `data.documents`.
       conversation: None of a document that is no chat.
       images_missing: images that it is known to have had, and has not.
+      encoded: what a document is that was encoded when its source was prepared; it has nothing else.
     """
 
     segments: tuple[Segment, ...]
     name: str = ""
     conversation: Conversation | None = None
     images_missing: int = 0
+    encoded: SizedExample | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt: documents that begin alike.
+
+    Attributes:
+      chosen, rejected: the prompt and an answer each, the better and the worse: conversations, or one text each.
+      num_prompt: messages of the prompt, or characters of a text.
+    """
+
+    chosen: Document
+    rejected: Document
+    num_prompt: int

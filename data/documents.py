@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_jax.data.document import Document, Image, Segment, Sound
+from gemma4_jax.data.document import Document, Image, Pair, Segment, Sound
+from gemma4_jax.data.image_rules import ImageRules, with_budgets
 from gemma4_jax.data.signatures import (
     check_options,
     columns_of,
@@ -15,14 +16,24 @@ from gemma4_jax.data.signatures import (
     required,
     takes_others,
 )
+from gemma4_jax.data.sounds import cut_sounds
 from gemma4_jax.data.sources import KINDS, Source
 from gemma4_jax.data.tasks import TASKS
 from gemma4_jax.errors import InputError
 from gemma4_jax.fields import find, require
 from gemma4_jax.run_config import SourceConfig
 
-MAX_SEGMENTS, MAX_IMAGES, MAX_FILES_BYTES = 4096, 256, 2**28
+MAX_SEGMENTS, MAX_FILES_BYTES = 4096, 2**28
 """Of a document; the bytes are those of all files that its record names."""
+
+SOFT_TOKENS = "soft_tokens"
+"""The column, for every task, of the budgets of a record's images: `with_budgets`."""
+
+
+_NO_PAIRS = (
+    "a record is a pair of answers, and no objective reads pairs yet. The chosen answers alone can be trained on by "
+    "task='chat' with columns={'messages': 'chosen'}, or {'completion': 'chosen'} where the prompt is a column."
+)
 
 
 class Documents:
@@ -33,11 +44,18 @@ class Documents:
       task: makes documents of their columns.
       columns: what the task calls a column -> what a record calls it.
       indices: of the records that are read; None for all.
+      rules: for images.
     """
 
     def __init__(
-        self, source: Source, task: Callable[..., Document], columns: Mapping[str, str], indices: np.ndarray | None
+        self,
+        source: Source,
+        task: Callable[..., Document | Pair],
+        columns: Mapping[str, str],
+        indices: np.ndarray | None,
+        rules: ImageRules,
     ) -> None:
+        self._rules = rules
         self._source = source
         self._task = task
         self._columns = columns
@@ -53,17 +71,57 @@ class Documents:
         """A document.
 
         Raises:
+          InputError: as `read`, or it is a pair.
+        """
+        document = self.read(index)
+        if isinstance(document, Pair):
+            raise InputError(f"{document.chosen.name}: {_NO_PAIRS}")
+        return document
+
+    def read(self, index: int) -> Document | Pair:
+        """A document, or a pair of two.
+
+        Raises:
           InputError: its record, or a file that this names, cannot be read or used.
         """
         record = index if self._indices is None else int(self._indices[index])
         name = self._source.name(record)
         try:
-            document = self._task(**self._arguments(self._source[record]))
-            segments = self._read_files(document, record)
-            num_missing = document.images_missing + len(document.segments) - len(segments)
-            return dataclasses.replace(document, segments=segments, name=name, images_missing=num_missing)
+            columns = self._source[record]
+            arguments = self._arguments(columns)
+            budgets = arguments.pop(SOFT_TOKENS, None) if SOFT_TOKENS in self._columns else None
+            made = self._made(arguments, columns)
+            if isinstance(made, Pair):
+                sides = made.chosen, made.rejected
+                chosen, rejected = (self._with_files(side, record, name, budgets) for side in sides)
+                return Pair(chosen, rejected, made.num_prompt)
+            return self._with_files(made, record, name, budgets)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+
+    def _made(self, arguments: Mapping[str, Any], columns: Mapping[str, Any]) -> Document | Pair:
+        """What the task makes of a record; a column that is named and not there is likely why it cannot."""
+        try:
+            return self._task(**arguments)
+        except InputError as error:
+            gone = [column for role, column in self._columns.items() if role != column and column not in columns]
+            hint = f" It has no column {gone[0]!r}, which the config names." if gone else ""
+            raise InputError(f"{error}{hint}") from error
+
+    def _with_files(self, document: Document, record: int, name: str, budgets: Any) -> Document:
+        """A document with its name, the bytes of the files that it names, and the budgets of its images."""
+        if len(document.segments) > MAX_SEGMENTS:
+            raise InputError(f"{len(document.segments)} segments are refused: a document may have {MAX_SEGMENTS}.")
+        document = self._rules.limit(with_budgets(document, budgets))
+        segments = self._read_files(document, record)
+        num_missing = document.images_missing + len(document.segments) - len(segments)
+        document = dataclasses.replace(document, segments=segments, name=name, images_missing=num_missing)
+        return cut_sounds(self._rules.spend(document))
+
+    @property
+    def encoding(self) -> Mapping[str, Any] | None:
+        """As that of the source."""
+        return self._source.encoding
 
     def fingerprint(self) -> dict[str, Any]:
         """As that of the source: the config says what is made of the records."""
@@ -80,15 +138,11 @@ class Documents:
                 raise InputError(f"it has no column {self._columns[role]!r}: its columns are {columns:.200}.")
         if self._takes_others:
             taken = {*self._columns.values(), *self._columns, *self._options}
-            arguments |= {name: record[name] for name in record.keys() - taken}
+            arguments |= {name: value for name, value in record.items() if name not in taken}
         return arguments
 
     def _read_files(self, document: Document, record: int) -> tuple[Segment, ...]:
         """The segments of a document with the bytes of the files that they name; without images that may be missing."""
-        num_images = sum(isinstance(segment, Image) for segment in document.segments)
-        if len(document.segments) > MAX_SEGMENTS or num_images > MAX_IMAGES:
-            given = f"{len(document.segments)} segments with {num_images} images are"
-            raise InputError(f"{given} refused: a document may have {MAX_SEGMENTS}, and {MAX_IMAGES} images.")
         segments: list[Segment] = []
         left = MAX_FILES_BYTES
         for segment in document.segments:
@@ -111,12 +165,26 @@ def holds_back(config: SourceConfig) -> bool:
     """Whether a source has documents that training never sees.
 
     Raises:
+      InputError: there is no such kind, or its path cannot be opened.
+    """
+    kind = _kind_of(config)
+    if "path" in parameters_of(kind) and _splits_itself(kind):  # what is there says it, not the kind
+        return len(_open(config, kind, {"path": config.path, "split": "held_out", "seed": 0}, config.options)) > 0
+    return config.held_out > 0 or _splits_itself(kind)
+
+
+def makes_up(config: SourceConfig) -> bool:
+    """Whether a source has no documents but those that it makes up as they are read.
+
+    Raises:
       InputError: there is no such kind.
     """
-    return config.held_out > 0 or _splits_itself(_kind_of(config))
+    return "seed" in parameters_of(_kind_of(config))
 
 
-def open_documents(config: SourceConfig, *, split: str = "train", seed: int = 0) -> Documents:
+def open_documents(
+    config: SourceConfig, *, split: str = "train", seed: int = 0, takes_pairs: bool = False
+) -> Documents:
     """Opens a source.
 
     Args:
@@ -124,17 +192,27 @@ def open_documents(config: SourceConfig, *, split: str = "train", seed: int = 0)
       split: "train", or "held_out" for the documents that training never sees; of a source of weight 0 that holds none
         back, these are all.
       seed: of kinds whose documents are made up as they are read.
+      takes_pairs: whether they are asked for by `Documents.read`.
     Raises:
-      InputError: there is no such kind, task, column, option or data, or no document on this side of the split.
+      InputError: there is no such kind, task, column, option or data, or no document on this side of the split; or the
+        task makes pairs, which are not taken.
     """
+    if config.task == "preference" and not takes_pairs:
+        raise InputError(f"{config.section}.task={config.task!r} is not possible here: {_NO_PAIRS}")
     kind, task = _kind_of(config), find(TASKS, f"{config.section}.task", config.task)
     of_kind = {name: p for name, p in parameters_of(kind).items() if name not in _GIVEN}
     of_task = {name: p for name, p in parameters_of(task).items() if name not in required(columns_of(task))}
-    kind_options, task_options = check_options(f"{config.section}.options", config.options, of_kind, of_task)
+    kind_options, task_options, of_images = check_options(
+        f"{config.section}.options", config.options, of_kind, of_task, parameters_of(ImageRules)
+    )
+    try:
+        rules = ImageRules(**of_images)
+    except InputError as error:
+        raise InputError(f"{config.section}.options.{error}") from error
     source = _open(config, kind, {"path": config.path, "split": split, "seed": seed}, kind_options)
     task = functools.partial(task, **task_options)
     indices = None if _splits_itself(kind) else _side(config, len(source), split)
-    documents = Documents(source, task, _columns(config, source, task), indices)
+    documents = Documents(source, task, _columns(config, source, task), indices, rules)
     if len(documents) == 0:
         held_out = f"{config.section}.held_out={config.held_out}"
         of = f" on the side {split!r} of its split, {held_out}" if len(source) else ""
@@ -171,11 +249,11 @@ def _open(
         raise InputError(f"{section}: {error}") from error
 
 
-def _columns(config: SourceConfig, source: Source, task: Callable[..., Document]) -> dict[str, str]:
+def _columns(config: SourceConfig, source: Source, task: Callable[..., Document | Pair]) -> dict[str, str]:
     """What the task calls a column -> what a record calls it."""
     columns = columns_of(task)
     for role, column in config.columns.items():
-        if role not in columns and not takes_others(task):
+        if role not in columns and not takes_others(task) and role != SOFT_TOKENS:
             raise InputError(
                 f"{config.section}.columns.{role}={column!r} is not possible: the task {config.task!r} reads no column "
                 f"{role!r} but {', '.join(columns)}."

@@ -1,4 +1,5 @@
-"""`Document` to `Example`: token ids, which of them carry loss, and what the towers read of its images and sounds."""
+"""`Document` to `SizedExample`: token ids, which of them carry loss, and what the towers will read of its images and
+sounds."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,8 @@ from gemma4_jax.audio.features import log_mel, num_soft_tokens
 from gemma4_jax.config import AudioConfig, SpecialTokens, VisionConfig
 from gemma4_jax.data.chat_templates import chat_template
 from gemma4_jax.data.document import Conversation, Document, Image, Sound, Text
-from gemma4_jax.data.images import ImagePatches, cut_patches, read_pixels, resize_image
-from gemma4_jax.data.sounds import decode_wav
+from gemma4_jax.data.example import Example, SizedExample, SizedImage
+from gemma4_jax.data.sounds import read_samples
 from gemma4_jax.errors import InputError
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.vision.geometry import SOFT_TOKEN_BUDGETS
@@ -21,44 +22,6 @@ MAX_CHARACTERS = 2**21
 
 MIN_QUESTION = 16
 """Tokens that stay of text without loss which stands alone before what is learned; fewer would be no question."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """An encoded document, or a piece of one.
-
-    Attributes:
-      tokens: [n] int32; an image of m soft tokens is begin_image, m placeholders, end_image, and a sound likewise.
-      carries_loss: [n] bool, whether the model learns to predict the token.
-      images: in the order of their placeholders.
-      name: of the document.
-      sounds: in the order of their placeholders, [F, M] log-mel features of each.
-      source: that the document comes from, by its name in `data.sources`.
-      context: tokens after <bos> that may be cut from the left to make the document fit.
-      images_missing: images that the document goes on without.
-    """
-
-    tokens: np.ndarray
-    carries_loss: np.ndarray
-    images: tuple[ImagePatches, ...]
-    name: str
-    sounds: tuple[np.ndarray, ...] = ()
-    source: str = ""
-    context: int = 0
-    images_missing: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Unreadable:
-    """Stands where a record could not be read, so that it is counted and named rather than lost.
-
-    Attributes:
-      reason: one sentence that names the record.
-      source: as in `Example`.
-    """
-
-    reason: str
-    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,23 +40,48 @@ class Encoder:
     max_soft_tokens: int
     audio: AudioConfig | None = None
 
-    def __call__(self, document: Document) -> Example:
+    def __call__(self, document: Document) -> SizedExample:
         """Encodes one document: <bos>, its segments in order, <eos>, which is learned where the last text is.
 
-        A conversation is what the tokenizer's chat template writes of it, and nothing more.
+        A conversation is what the tokenizer's chat template writes of it, and nothing more. Of most images only the
+        header is read; a damaged one may show when the example is read.
 
         Raises:
           InputError: if it has too much text, an image or a sound cannot be read, the model has no tower for it, or the
             template fails.
         """
         try:
+            if document.encoded is not None:
+                return self._checked(document.encoded)
             if document.conversation is not None:
                 return self._from_conversation(document, document.conversation)
             return self._from_segments(document)
         except InputError as error:
             raise InputError(f"{document.name}: {error}") from error
 
-    def _from_conversation(self, document: Document, conversation: Conversation) -> Example:
+    def _checked(self, example: SizedExample) -> SizedExample:
+        """An example from a file, which nobody vouches for.
+
+        Raises:
+          InputError: it is none that this encoder can have made.
+        """
+        tokens, cell = example.text.tokens, self.vision.pooling_size if self.vision else 0
+        is_known = len(tokens) and tokens.min() >= 0 and tokens.max() < self.tokenizer.vocab_size
+        fits = all(
+            image.max_soft_tokens <= self.max_soft_tokens
+            and image.height % cell == image.width % cell == 0 < image.num_soft_tokens <= image.max_soft_tokens
+            for image in example.images
+        )
+        for placeholder, begin, end, sizes in _media(self.tokenizer.tokens, example.images, example.text.sounds):
+            edges = np.flatnonzero(np.diff(np.r_[False, tokens == placeholder, False]))
+            starts, stops = edges[::2], edges[1::2]
+            fits = fits and (stops - starts).tolist() == [size for size in sizes if size]
+            fits = fits and (tokens[starts - 1] == begin).all() and (tokens[stops % len(tokens)] == end).all()
+        if not (is_known and fits):
+            raise InputError("its record is damaged: its tokens are not those of its texts, images and sounds.")
+        return dataclasses.replace(example, image_token=self.tokenizer.tokens.image)
+
+    def _from_conversation(self, document: Document, conversation: Conversation) -> SizedExample:
         _check_length(_num_characters([conversation.messages, conversation.tools]))
         ids, carries_loss = chat_template(self.tokenizer).encode(conversation.messages, tools=conversation.tools)
         if conversation.num_learned is not None:
@@ -109,7 +97,7 @@ class Encoder:
         images: Sequence[Image],
         sounds: Sequence[Sound],
         name: str,
-    ) -> Example:
+    ) -> SizedExample:
         """The example of tokens in which one <|image|> stands for each image, and one <|audio|> for each sound.
 
         Args:
@@ -123,15 +111,17 @@ class Encoder:
         """
         roles = self.tokenizer.tokens
         check_places(ids, roles, len(images), len(sounds))
-        patches = tuple(map(self.read_image, images))
+        sized = tuple(map(self.size_image, images))
         features = tuple(map(self.read_sound, sounds))
-        return Example(*expand(ids, carries_loss, patches, features, roles), patches, name, features)
+        text = Example(*expand(ids, carries_loss, sized, features, roles), (), name, features)
+        return SizedExample(text, sized, roles.image)
 
-    def _from_segments(self, document: Document) -> Example:
+    def _from_segments(self, document: Document) -> SizedExample:
         _check_length(sum(len(segment.text) for segment in document.segments if isinstance(segment, Text)))
         roles = self.tokenizer.tokens
         tokens, carries_loss = [roles.bos], [False]
-        images, sounds = [], []
+        images: list[SizedImage] = []
+        sounds: list[np.ndarray] = []
         leading: list[int] = []  # lengths of the texts before the first image, sound or learned text
         is_leading, is_learned = True, False  # <eos> alone is nothing to learn
         num_missing = document.images_missing
@@ -145,7 +135,7 @@ class Encoder:
                 is_leading, loss = False, False
                 if isinstance(segment, Image):
                     try:
-                        images.append(self.read_image(segment))
+                        images.append(self.size_image(segment))
                     except InputError:
                         if self.vision is None or not segment.may_be_missing:
                             raise
@@ -161,12 +151,11 @@ class Encoder:
         carries_loss.append(is_learned)
         arrays = expand(tokens, carries_loss, images, sounds, roles)
         context = _context(leading)
-        return Example(
-            *arrays, tuple(images), document.name, tuple(sounds), context=context, images_missing=num_missing
-        )
+        text = Example(*arrays, (), document.name, tuple(sounds), context=context, images_missing=num_missing)
+        return SizedExample(text, tuple(images), roles.image)
 
-    def read_image(self, image: Image) -> ImagePatches:
-        """The patches of one image, resized to its budget.
+    def size_image(self, image: Image) -> SizedImage:
+        """One image with its size, as it will be when it is resized to its budget.
 
         Raises:
           InputError: if it cannot be read, or the model has no vision tower for it.
@@ -180,8 +169,14 @@ class Encoder:
                 raise InputError(f"max_soft_tokens={budget!r:.100} of an image must be one of {accepted}.")
             if isinstance(image.content, str):
                 raise InputError("an image is a path, and its source has no files: give its bytes or pixels.")
-            cells = {"patch_size": self.vision.patch_size, "pooling_size": self.vision.pooling_size}
-            return cut_patches(resize_image(read_pixels(image.content), max_soft_tokens=budget, **cells), **cells)
+            return SizedImage.of(
+                image.content,
+                patch_size=self.vision.patch_size,
+                pooling_size=self.vision.pooling_size,
+                max_soft_tokens=budget,
+                name=image.name,
+                may_be_missing=image.may_be_missing,
+            )
         except InputError as error:
             raise InputError(f"{image.name}: {error}" if image.name else str(error)) from error
 
@@ -194,10 +189,7 @@ class Encoder:
         try:
             if self.audio is None:
                 raise InputError("The model has no audio tower (model.audio is empty), so it cannot hear sounds.")
-            if isinstance(sound.content, str):
-                raise InputError("a sound is a path, and its source has no files: give its bytes or samples.")
-            samples = decode_wav(sound.content) if isinstance(sound.content, bytes) else sound.content
-            return log_mel(samples, self.audio.num_mel_bins)
+            return log_mel(read_samples(sound), self.audio.num_mel_bins)
         except InputError as error:
             raise InputError(f"{sound.name}: {error}" if sound.name else str(error)) from error
 
@@ -220,7 +212,7 @@ def check_places(ids: Sequence[int], roles: SpecialTokens, num_images: int, num_
 def expand(
     tokens: Sequence[int],
     carries_loss: Sequence[bool],
-    images: Sequence[ImagePatches],
+    images: Sequence[SizedImage],
     sounds: Sequence[np.ndarray],
     roles: SpecialTokens,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -236,10 +228,7 @@ def expand(
     """
     short = np.array(tokens, np.int32)
     lengths = np.ones(len(short), int)
-    kinds = (
-        (roles.image, roles.begin_image, roles.end_image, [image.num_soft_tokens for image in images]),
-        (roles.audio, roles.begin_audio, roles.end_audio, [num_soft_tokens(len(sound)) for sound in sounds]),
-    )
+    kinds = _media(roles, images, sounds)
     for placeholder, _, _, sizes in kinds:
         lengths[short == placeholder] = np.array(sizes, int) + 2
     long = np.repeat(short, lengths)
@@ -249,6 +238,16 @@ def expand(
         here = short == placeholder
         long[(stops - lengths)[here]], long[stops[here] - 1] = begin, end
     return long, is_learned
+
+
+def _media(
+    roles: SpecialTokens, images: Sequence[SizedImage], sounds: Sequence[np.ndarray]
+) -> tuple[tuple[int, int, int, list[int]], ...]:
+    """Of images, then of sounds: (placeholder, mark before, mark behind, soft tokens of each)."""
+    return (
+        (roles.image, roles.begin_image, roles.end_image, [image.num_soft_tokens for image in images]),
+        (roles.audio, roles.begin_audio, roles.end_audio, [num_soft_tokens(len(sound)) for sound in sounds]),
+    )
 
 
 def _context(leading: list[int]) -> int:

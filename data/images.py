@@ -2,11 +2,13 @@
 
 import base64
 import dataclasses
+import functools
 import html
 import io
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.features
 import PIL.Image
 import PIL.ImageOps
@@ -36,6 +38,33 @@ class ImagePatches:
     positions: np.ndarray
     num_soft_tokens: int
 
+    @property
+    def num_patches(self) -> int:
+        """n."""
+        return len(self.patches)
+
+
+def read_patches(
+    image: np.ndarray | PIL.Image.Image | bytes, *, patch_size: int, pooling_size: int, max_soft_tokens: int
+) -> ImagePatches:
+    """The patches of an image as a person sees it (`read_pixels`), resized as `geometry.resized_size` says.
+
+    The same as `cut_patches` of `resize_image` of `read_pixels`, without copies of the whole image in between.
+
+    Args:
+      image: as `read_pixels` takes it.
+      patch_size, pooling_size: of the vision tower; pixels, and patches along a side of a cell.
+      max_soft_tokens: budget of the image.
+    Raises:
+      InputError: as `read_pixels`, or its sides are too unlike for the budget.
+    """
+    picture = _read(image)
+    cells = {"patch_size": patch_size, "pooling_size": pooling_size}
+    height, width = resized_size(picture.height, picture.width, max_soft_tokens=max_soft_tokens, **cells)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    return cut_patches(np.asarray(picture), **cells)
+
 
 def read_pixels(image: np.ndarray | PIL.Image.Image | bytes) -> np.ndarray:
     """The pixels of an image as a person sees it on white paper: upright, in colours, nothing of it transparent.
@@ -53,9 +82,14 @@ def read_pixels(image: np.ndarray | PIL.Image.Image | bytes) -> np.ndarray:
       InputError: it cannot be decoded, has more than `MAX_PIXELS` pixels, or its pixels are in no known range.
     Source: `convert_to_rgb` of transformers 5.23, but for pixels of 16 bits and more, which it clips.
     """
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
+        return image
+    return np.asarray(_read(image))
+
+
+def _read(image: np.ndarray | PIL.Image.Image | bytes) -> PIL.Image.Image:
+    """An image as `read_pixels` has it, in mode RGB."""
     if isinstance(image, np.ndarray):
-        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
-            return image
         return _rgb(_picture(image))
     try:
         if isinstance(image, bytes):
@@ -95,24 +129,26 @@ def _picture(pixels: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels)
 
 
-def _rgb(picture: PIL.Image.Image) -> np.ndarray:
+def _rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise InputError(f"an image of {height} x {width} pixels is refused: at most {MAX_PIXELS} are read.")
     if picture.mode in ("I", "F"):
         kind = "whole numbers of 32 bits" if picture.mode == "I" else "floats"
         raise InputError(f"an image of {kind} is refused, as nothing says what is white: store it with 8 or 16 bits.")
-    picture = PIL.ImageOps.exif_transpose(picture)
+    picture.load()  # only then all of its EXIF is there
+    if picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:  # else it would be copied
+        picture = PIL.ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):
         gray = np.asarray(picture)
         # The high byte, as Pillow does with 16 bits of each colour: so gray is the same in every form.
         levels = (gray >> 8).astype(np.uint8)
         levels[gray == picture.info.get("transparency", -1)] = 255
-        return np.repeat(levels[..., None], 3, axis=-1)
+        return PIL.Image.fromarray(levels).convert("RGB")
     if picture.has_transparency_data:
         white = PIL.Image.new("RGBA", picture.size, "white")
         picture = PIL.Image.alpha_composite(white, picture.convert("RGBA"))
-    return np.asarray(picture.convert("RGB"))
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def resize_image(pixels: np.ndarray, *, patch_size: int, pooling_size: int, max_soft_tokens: int) -> np.ndarray:
@@ -130,9 +166,17 @@ def cut_patches(pixels: np.ndarray, *, patch_size: int, pooling_size: int) -> Im
     p, k = patch_size, pooling_size
     rows, columns = pixels.shape[0] // (p * k), pixels.shape[1] // (p * k)
     grid = pixels.reshape(rows, k, p, columns, k, p, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+    return ImagePatches(grid.reshape(-1, 3 * p * p), patch_positions(rows, columns, k), rows * columns)
+
+
+@functools.lru_cache(maxsize=256)
+def patch_positions(rows: int, columns: int, pooling_size: int) -> np.ndarray:
+    """[n, 2] int32, the (x, y) of the patches of an image of so many cells, ordered cell by cell; not to be written."""
+    k = pooling_size
     y, x = np.indices((rows * k, columns * k), dtype=np.int32)
-    positions = np.stack([x, y], axis=-1).reshape(rows, k, columns, k, 2).transpose(0, 2, 1, 3, 4)
-    return ImagePatches(grid.reshape(-1, 3 * p * p), positions.reshape(-1, 2), rows * columns)
+    positions = np.stack([x, y], axis=-1).reshape(rows, k, columns, k, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+    positions.setflags(write=False)
+    return positions
 
 
 def join_patches(patches: np.ndarray, positions: np.ndarray, *, patch_size: int) -> np.ndarray:

@@ -10,7 +10,9 @@ import numpy as np
 
 from gemma4_jax.data.document import Document
 from gemma4_jax.data.documents import Documents, open_documents
-from gemma4_jax.data.encode import Encoder, Example, Unreadable
+from gemma4_jax.data.encode import Encoder
+from gemma4_jax.data.example import SizedExample, Unreadable
+from gemma4_jax.data.prepared import check_encoding
 from gemma4_jax.errors import InputError
 from gemma4_jax.run_config import DataConfig
 
@@ -24,14 +26,18 @@ class Turns(grain.transforms.DatasetSelectionMap):
     Each source is read in order. The turns of a round are shuffled, so that no shard of the sequence falls in step
     with one source.
 
+    A source that has been read as often as it may be drops out: its turns go to a last one, behind the sources.
+
     Args:
       weights: of the sources, above 0; relative to their sum.
+      ends: of the sources, documents after which each drops out; None for never.
       seed: of the shuffle.
     """
 
-    def __init__(self, weights: list[float], seed: int) -> None:
+    def __init__(self, weights: list[float], ends: list[int | None], seed: int) -> None:
         shares = np.array(weights) / sum(weights)
         self._turns = np.maximum(1, np.round(shares * ROUND)).astype(int)
+        self._ends = ends
         self._seed = seed
 
     def __len__(self) -> int:
@@ -41,7 +47,8 @@ class Turns(grain.transforms.DatasetSelectionMap):
         number, place = divmod(index, int(self._turns.sum()))
         sources, ranks = _shuffled_round(tuple(self._turns.tolist()), self._seed, number)
         source = int(sources[place])
-        return source, number * int(self._turns[source]) + int(ranks[place])
+        taken, end = number * int(self._turns[source]) + int(ranks[place]), self._ends[source]
+        return (source, taken) if end is None or taken < end else (len(self._ends), 0)
 
 
 @functools.lru_cache(maxsize=4)
@@ -60,9 +67,13 @@ class Examples:
       name: of the source.
       documents: of it.
       encode: makes examples of them.
+    Raises:
+      InputError: the documents were prepared with another tokenizer, or for another model.
     """
 
     def __init__(self, name: str, documents: Sequence[Document] | Documents, encode: Encoder) -> None:
+        if isinstance(documents, Documents) and documents.encoding is not None:
+            check_encoding(documents.encoding, encode, f"data.sources.{name}")
         self._name = name
         self._documents = documents
         self._encode = encode
@@ -70,9 +81,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self._documents)
 
-    def __getitem__(self, index: int) -> Example | Unreadable:
+    def __getitem__(self, index: int) -> SizedExample | Unreadable:
         try:
-            return dataclasses.replace(self._encode(self._documents[index]), source=self._name)
+            example = self._encode(self._documents[index])
+            return dataclasses.replace(example, text=dataclasses.replace(example.text, source=self._name))
         except InputError as error:
             return Unreadable(str(error), self._name)
 
@@ -87,9 +99,10 @@ def open_sources(data: DataConfig) -> dict[str, Documents]:
 
 
 def mix_sources(data: DataConfig, sources: Mapping[str, Documents], encode: Encoder) -> grain.MapDataset:
-    """The endless sequence that all processes share: by index, an `Example` or `Unreadable`.
+    """The endless sequence that all processes share: by index, a `SizedExample`, an `Unreadable`, or None.
 
-    Every source is in a random order, another one in each of its epochs.
+    None stands where it would be the turn of a source that has dropped out. Every source is in a random order, another
+    one in each of its epochs.
 
     Args:
       data: mixture and seed are read.
@@ -102,5 +115,7 @@ def mix_sources(data: DataConfig, sources: Mapping[str, Documents], encode: Enco
         # Grain counts its seed up with the epochs: drawn at random, those of two runs do not meet.
         seed = np.random.default_rng((data.seed, number)).integers(2**32)
         shuffled.append(dataset.shuffle(seed=int(seed)).repeat())
-    weights = [data.mixture[name].weight for name in sources]
-    return grain.MapDataset.select_from_datasets(shuffled, Turns(weights, data.seed))
+    settings = [data.mixture[name] for name in sources]
+    ends = [setting.epochs * len(sources[setting.name]) if setting.epochs else None for setting in settings]
+    turns = Turns([setting.weight for setting in settings], ends, data.seed)
+    return grain.MapDataset.select_from_datasets([*shuffled, grain.MapDataset.source([None]).repeat()], turns)

@@ -1,16 +1,22 @@
-"""From a run's config to batches: sources, mixture, shuffle, shards, packing, prefetch."""
+"""From a run's config to batches: sources, mixture, shuffle, shards, packing, workers, prefetch."""
 
 import functools
+from collections.abc import Sequence
 
 import grain
+import numpy as np
 
+from gemma4_jax.batch import FIELDS, Batch
 from gemma4_jax.data.assemble import assemble
 from gemma4_jax.data.chat_templates import chat_template
 from gemma4_jax.data.documents import holds_back, open_documents
-from gemma4_jax.data.encode import Encoder, Example
-from gemma4_jax.data.iterator import TrainIterator
+from gemma4_jax.data.encode import Encoder
+from gemma4_jax.data.example import Example
+from gemma4_jax.data.iterator import PackedRows, TrainIterator, num_threads
 from gemma4_jax.data.mixture import Examples, mix_sources, open_sources
-from gemma4_jax.data.pack import PackIterDataset, RowShape, Rules
+from gemma4_jax.data.pack import RowShape, Rules
+from gemma4_jax.data.packer import Packer
+from gemma4_jax.data.tally import Judge
 from gemma4_jax.data.workers import Prefetch, read_in_workers
 from gemma4_jax.errors import InputError
 from gemma4_jax.fields import require
@@ -20,24 +26,20 @@ from gemma4_jax.tokenizer import Tokenizer
 PREFETCHED_BATCHES = 2
 
 
-# One thread reads, packs and runs ahead of the training step; more would only take turns with it.
-_READ_IN_PLACE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-
-
 def make_train_iterator(
     config: RunConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
 ) -> TrainIterator:
     """The endless training batches of one process.
 
     Documents are drawn from the sources in the proportions of their weights, each source in a new random order every
-    epoch. Document n of that sequence goes to process n modulo `process_count`, which packs it. What an iterator
-    yields depends on nothing but the config, the data and the process; `get_state` and `set_state` make it go on
-    exactly where it was, and Orbax saves it.
+    epoch. Of that sequence, row r of every batch takes documents r, r + B, r + 2 B, ..., where B is data.batch_size. So
+    what a run sees is a function of the config and the data alone: processes, workers and threads only share out who
+    reads, packs and decodes which rows. `get_state` and `set_state` make it go on exactly where it was.
 
     Args:
       config: of the run, resolved; model and data are read.
       tokenizer: its special tokens must be those of the model.
-      process_index, process_count: of this process.
+      process_index, process_count: of this process, which has the rows of a batch from B * index / count on.
     Returns:
       An iterator of `Batch` with numpy arrays of data.batch_size / process_count rows.
     Raises:
@@ -46,19 +48,43 @@ def make_train_iterator(
     data = config.data
     is_even = data.batch_size % process_count == 0
     require(is_even, "data.batch_size", data.batch_size, f"a multiple of the {process_count} processes")
-    encode, shape = _encoder(config, tokenizer), RowShape.from_config(data, config.model)
+    encode, shape = make_encoder(config, tokenizer), RowShape.from_config(data, config.model)
     sources = open_sources(data)
-    examples = mix_sources(data, sources, encode)[process_index::process_count]
-    rows = PackIterDataset(examples.to_iter_dataset(_READ_IN_PLACE), shape, Rules.from_config(data))
-    write = functools.partial(assemble, shape=shape, tokens=tokenizer.tokens)
-    batches = rows.batch(data.batch_size // process_count, batch_fn=write)
-    if data.num_workers:
-        batches = read_in_workers(batches, data.num_workers)
+    make_packers = functools.partial(
+        _make_packers, mix_sources(data, sources, encode), data.batch_size, shape, Rules.from_config(data)
+    )
+    write = functools.partial(assemble, shape=shape, tokens=tokenizer.tokens, weighting=data.loss_weighting)
+    num_rows = data.batch_size // process_count
+    shards = range(num_rows * process_index, num_rows * (process_index + 1))
+    num_parts = min(num_rows, max(1, data.num_workers))
+    parts = [
+        PackedRows(part.tolist(), make_packers, write, num_threads(data.num_workers))
+        for part in np.array_split(shards, num_parts)
+    ]
+    batches = read_in_workers(parts).map(_join) if data.num_workers else parts[0]
     fingerprints = {name: documents.fingerprint() for name, documents in sources.items()}
-    return TrainIterator(Prefetch(iter(batches), PREFETCHED_BATCHES), data.num_workers, fingerprints)
+    return TrainIterator(Prefetch(iter(batches), PREFETCHED_BATCHES), data.batch_size, fingerprints)
 
 
-def _encoder(config: RunConfig, tokenizer: Tokenizer) -> Encoder:
+def _make_packers(
+    mixture: grain.MapDataset, num_shards: int, shape: RowShape, rules: Rules, shards: Sequence[int]
+) -> list[Packer]:
+    judge = Judge(rules.max_left_out)
+    return [Packer(mixture[shard::num_shards], shape, rules, judge.tally()) for shard in shards]
+
+
+def _join(parts: Sequence[Batch]) -> Batch:
+    """One batch of the rows of several."""
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS}
+    return Batch(**arrays)  # type: ignore[arg-type]  # numpy arrays on the host
+
+
+def make_encoder(config: RunConfig, tokenizer: Tokenizer) -> Encoder:
+    """What encodes the documents of a run.
+
+    Raises:
+      InputError: the tokenizer is not the model's.
+    """
     model = config.model
     if tokenizer.tokens != model.tokens:
         raise InputError(
@@ -92,11 +118,12 @@ def held_out_rows(config: RunConfig, tokenizer: Tokenizer, source: str, num_docu
     Raises:
       InputError: the source cannot be read or holds nothing back, or none of its documents can be used.
     """
-    encode, shape = _encoder(config, tokenizer), RowShape.from_config(config.data, config.model)
+    encode, shape = make_encoder(config, tokenizer), RowShape.from_config(config.data, config.model)
     # Made-up documents depend on a seed, which here is no run's own: what runs are measured on is the same.
     documents = open_documents(config.data.sources[source], split="held_out")
     examples = grain.MapDataset.source(Examples(source, documents, encode))[:num_documents]
-    rows = list(PackIterDataset(examples.to_iter_dataset(_READ_IN_PLACE), shape, Rules.from_config(config.data)))
+    rules = Rules.from_config(config.data)
+    rows = list(iter(Packer(examples, shape, rules, Judge(rules.max_left_out).tally()).next_row, None))
     if not rows:
         raise InputError(f"None of the first {num_documents} held-out documents of {source!r} can be used.")
     return rows

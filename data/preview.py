@@ -1,8 +1,9 @@
 """What a run will train on, as one HTML page: packed rows, their images, their attention masks, their padding."""
 
+import dataclasses
 import html
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,8 @@ from gemma4_jax.data.assemble import packing_stats
 from gemma4_jax.data.figures import counted
 from gemma4_jax.data.images import image_element, join_patches, png_source
 from gemma4_jax.data.pipeline import make_train_iterator
+from gemma4_jax.data.preview_records import sample_html, token_element
+from gemma4_jax.data.sample import SourceSample, take_sample
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import write_atomically
 from gemma4_jax.ops.attention.spans import text_spans
@@ -33,33 +36,52 @@ _NUM_COLOURS = 6
 _STYLE = resources.files("gemma4_jax.data").joinpath("bundled/preview.css").read_text("utf-8")
 
 
-def preview(config: RunConfig, path: str | Path) -> None:
-    """Writes the page of a run's first training rows to `path`; a page that is there already is replaced.
+def preview(config: RunConfig, path: str | Path, say: Callable[[str], None] = logging.info) -> None:
+    """Writes the page of a run's first records and training rows to `path`; a page that is there already is replaced.
 
     Args:
       config: of the run, resolved.
       path: of the page.
+      say: is told now and then how far it is.
 
     Raises:
       InputError: if the config, the data or the path are not acceptable.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
-    with _LeftOut() as left_out:
-        batches = make_train_iterator(config, tokenizer)
-        batch = next(batches)
-        batches.close()
-    page = preview_html([batch], tokenizer, config.model, PREVIEW_ROWS, list(left_out.warnings))
+    samples = take_sample(config, tokenizer, say)
+    left_out = [f"Left out a document of {s.name!r}: {reason}" for s in samples for reason in s.left_out]
+    with _LeftOut() as seen:
+        batches, stop = _first_rows(config, tokenizer, samples)
+    about = sample_html(samples, config, tokenizer) + (
+        f"<div class='left-out'>{html.escape(stop)}</div>" if stop else ""
+    )
+    named = list(dict.fromkeys([*left_out, *seen.warnings]))
+    page = preview_html(batches, tokenizer, config.model, PREVIEW_ROWS, named, about)
     try:
         write_atomically(Path(path), page)
     except OSError as error:
         raise InputError(f"The page {str(path)!r} cannot be written: {error.strerror}.") from error
 
 
-class _LeftOut(logging.Handler):
-    """What this room warns of while batches are made: the documents that are left out. A context manager.
+def _first_rows(config: RunConfig, tokenizer: Tokenizer, samples: Sequence[SourceSample]) -> tuple[list[Batch], str]:
+    """(the first batch of the sources that are no pairs, why training would stop)."""
+    of_pairs = {sample.name for sample in samples if sample.num_pairs}
+    if of_pairs >= config.data.mixture.keys():
+        return [], ""
+    sources = {name: source for name, source in config.data.sources.items() if name not in of_pairs}
+    # In this process, for what others leave out is told in the terminal alone.
+    data = dataclasses.replace(config.data, sources=sources, num_workers=0)
+    iterator = make_train_iterator(dataclasses.replace(config, data=data), tokenizer)
+    try:
+        return [next(iterator)], ""
+    except InputError as error:
+        return [], f"Training stops: {error}"
+    finally:
+        iterator.close()
 
-    The packer names them in the log of its own process: with data.num_workers they are in the terminal alone.
-    """
+
+class _LeftOut(logging.Handler):
+    """What this room warns of while batches are made: the documents that are left out. A context manager."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -83,6 +105,7 @@ def preview_html(
     model_config: Gemma4Config,
     max_rows: int,
     left_out: Sequence[str] = (),
+    about: str = "",
 ) -> str:
     """One self-contained page that shows packed rows.
 
@@ -92,6 +115,7 @@ def preview_html(
       model_config: of the model that will read them: its masks are drawn.
       max_rows: rows to show.
       left_out: one sentence for each document that was left out on the way.
+      about: HTML of sections that come before the rows.
     Returns:
       HTML.
     """
@@ -106,8 +130,8 @@ def preview_html(
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Packed rows</title>"
         f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{_STYLE}</style></head><body>"
-        f"<header><h1>Packed rows</h1>{_summary(seen)}{_LEGEND}{_listed(left_out)}</header>"
-        f"{''.join(sections)}</body></html>\n"
+        f"<header><h1>Packed rows</h1>{_summary(seen) if seen else ''}{_LEGEND}{_listed(left_out)}</header>"
+        f"{about}{''.join(sections)}</body></html>\n"
     )
 
 
@@ -187,17 +211,9 @@ def _document(row: dict[str, np.ndarray], segment: int, tokenizer: Tokenizer, co
 
 
 def _token(row: dict[str, np.ndarray], position: int, tokenizer: Tokenizer) -> str:
-    token_id = int(row["tokens"][position])
-    token = tokenizer.token(token_id)
-    classes = ["t"]
     # The weight stands where the token is predicted: one position earlier.
-    if position > 0 and row["loss_weights"][position - 1] > 0:
-        classes.append("loss")
-    if token_id in vars(tokenizer.tokens).values():
-        classes.append("special")
-    text = html.escape(token.replace("▁", " ")).replace("\n", "<em>↵</em>\n").replace("\t", "<em>→</em>\t")
-    title = f"position {row['positions'][position]}, id {token_id}"
-    return f"<span class='{' '.join(classes)}' title='{title}'>{text}</span>"
+    carries_loss = position > 0 and row["loss_weights"][position - 1] > 0
+    return token_element(tokenizer, int(row["tokens"][position]), row["positions"][position], carries_loss=carries_loss)
 
 
 def _image(row: dict[str, np.ndarray], image: int, config: Gemma4Config) -> str:

@@ -15,7 +15,8 @@ from gemma4_jax.chat import ChatTemplate
 from gemma4_jax.config import AudioConfig, VisionConfig
 from gemma4_jax.data.assemble import assemble
 from gemma4_jax.data.document import Image, Sound
-from gemma4_jax.data.encode import Encoder, Example, check_places
+from gemma4_jax.data.encode import Encoder, check_places
+from gemma4_jax.data.example import Example
 from gemma4_jax.data.images import ImagePatches
 from gemma4_jax.data.pack import RowShape, size_of
 from gemma4_jax.errors import InputError
@@ -25,7 +26,7 @@ ImageInput = np.ndarray | PIL.Image.Image | bytes | str | Path
 """An image: what `data.images.read_pixels` reads, pixels, a Pillow image or the bytes of a file; or a file's path."""
 
 AudioInput = np.ndarray | bytes | str | Path
-"""A sound: [n] floats, mono, 16,000 a second, within -1 and 1; the bytes of a WAV file, or the path of one."""
+"""A sound: [n] floats, mono, 16,000 a second, within -1 and 1; the bytes of a sound file, or the path of one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Processor:
         return self.tokenizer.decode(list(tokens))
 
     def _from_text(self, text: str, images: Sequence[ImageInput], audios: Sequence[AudioInput]) -> Example:
-        ids, _ = self.tokenizer.encode_with_offsets(text, reads_special_tokens=True)
+        ids, _ = self.tokenizer.encode_with_ends(text, reads_special_tokens=True)
         if ids[:1] != [self.tokenizer.tokens.bos]:
             ids = [self.tokenizer.tokens.bos, *ids]
         return self._expand(ids, [False] + [True] * (len(ids) - 1), images, audios)
@@ -167,7 +168,7 @@ class Processor:
         """Puts in place of each <|image|> and <|audio|> what stands for the soft tokens of its image or sound."""
         check_places(ids, self.tokenizer.tokens, len(images), len(audios))  # before a file is opened
         media = [_named_image(image) for image in images], [_named_sound(audio) for audio in audios]
-        return self._encoder().fill(ids, carries_loss, *media, "input")
+        return self._encoder().fill(ids, carries_loss, *media, "input").read()
 
     def _encoder(self) -> Encoder:
         return Encoder(self.tokenizer, self.vision, self.max_soft_tokens, self.audio)
@@ -177,7 +178,7 @@ class Processor:
     ) -> tuple[tuple[ImagePatches, ...], tuple[np.ndarray, ...]]:
         """What the towers read of images and sounds."""
         encoder = self._encoder()
-        patches = tuple(encoder.read_image(_named_image(image)) for image in images)
+        patches = tuple(encoder.size_image(_named_image(image)).read() for image in images)
         return patches, tuple(encoder.read_sound(_named_sound(audio)) for audio in audios)
 
     def _row_shape(self, examples: Sequence[Example]) -> RowShape:
@@ -238,8 +239,7 @@ def _named_sound(audio: AudioInput) -> Sound:
     if isinstance(audio, np.ndarray | bytes):
         return Sound(audio)
     raise InputError(
-        f"a sound cannot be {type(audio).__name__}: give [n] floats, {SAMPLE_RATE} a second, or a WAV file's bytes or "
-        "path."
+        f"a sound cannot be {type(audio).__name__}: give [n] floats, {SAMPLE_RATE} a second, or a file's bytes or path."
     )
 
 

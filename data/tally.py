@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from gemma4_jax.errors import InputError
 
@@ -25,8 +24,8 @@ MAX_NAMED = 20
 """Documents left out of a source that the log names, each once; the rest are only counted."""
 
 
-class Tally:
-    """Counts of one iterator.
+class Judge:
+    """Stops a run whose sources give too little. One for all the tallies of a process.
 
     Args:
       max_left_out: share of a source's documents that may be left out, at least 0 and less than 1.
@@ -36,35 +35,29 @@ class Tally:
         self._max_left_out = max_left_out
         # So many in a row come once in 10**12 tries from a source of which the share that may be left out is.
         self._longest_run = max(1, math.ceil(math.log(1e-12) / math.log(max_left_out))) if max_left_out else 1
-        self._counters: dict[str, dict[str, int]] = {}
+        self._tallies: list[Tally] = []
         self._runs: dict[str, int] = {}
         self._named: dict[str, set[str]] = {}
 
-    def add(self, source: str, **counts: int) -> None:
-        """Adds to the counters of a source."""
-        counters = self._counters.setdefault(source, dict.fromkeys(COUNTERS, 0))
-        for name, count in counts.items():
-            counters[name] += count
+    def tally(self) -> "Tally":
+        """Another tally, whose documents count with those of the others."""
+        self._tallies.append(Tally(self))
+        return self._tallies[-1]
 
-    def accept(self, source: str) -> None:
-        """Counts a document that is read and will be packed."""
-        self.add(source, read=1)
+    def end_run(self, source: str) -> None:
+        """A document of the source can be used."""
         self._runs[source] = 0
 
-    def leave_out(self, source: str, counter: str, reason: str) -> None:
-        """Counts a document that is read and left out, and names it in the log.
+    def judge(self, source: str, reason: str) -> None:
+        """Names a document that is left out.
 
-        Args:
-          source: of the document.
-          counter: one of `LEFT_OUT`.
-          reason: one sentence that names the document.
         Raises:
           InputError: too many of the source are left out.
         """
-        self.add(source, read=1, **{counter: 1})
         self._runs[source] = run = self._runs.get(source, 0) + 1
         self.name(source, reason)
-        counters = self._counters[source]
+        all_counters = [tally.counters.get(source, {}) for tally in self._tallies]
+        counters = {name: sum(counts.get(name, 0) for counts in all_counters) for name in COUNTERS}
         is_above = _left_out(counters) > self._max_left_out * counters["read"]
         if run >= self._longest_run:
             why = "and the last document" if run == 1 else f"and the last {run} one after another"
@@ -84,18 +77,58 @@ class Tally:
             named.add(reason)
             logging.warning("Left out a document of %r: %s", source, reason)
 
-    def get_state(self) -> dict[str, Any]:
-        """What `set_state` takes, to be kept as JSON."""
-        return {
-            "counters": {source: dict(counters) for source, counters in self._counters.items()},
-            "runs": dict(self._runs),
-        }
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+class Tally:
+    """Counts of one sequence of documents.
+
+    Args:
+      judge: that hears of what is left out.
+
+    Attributes:
+      counters: source -> its `COUNTERS`.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self.counters: dict[str, dict[str, int]] = {}
+
+    def add(self, source: str, **counts: int) -> None:
+        """Adds to the counters of a source."""
+        counters = self.counters.setdefault(source, dict.fromkeys(COUNTERS, 0))
+        for name, count in counts.items():
+            counters[name] += count
+
+    def accept(self, source: str, **counts: int) -> None:
+        """Counts a document that is read and will be packed, and what else is to be counted of it."""
+        self.add(source, read=1, **counts)
+        self._judge.end_run(source)
+
+    def leave_out(self, source: str, counter: str, reason: str, *, read: int = 1) -> None:
+        """Counts a document that is left out, and names it in the log.
+
+        Args:
+          source: of the document.
+          counter: one of `LEFT_OUT`.
+          reason: one sentence that names the document.
+          read: 0 of a document that was accepted before it showed.
+        Raises:
+          InputError: too many of the source are left out.
+        """
+        self.add(source, read=read, **{counter: 1})
+        self._judge.judge(source, reason)
+
+    def name(self, source: str, reason: str) -> None:
+        """Names a document that is left out in the log, once."""
+        self._judge.name(source, reason)
+
+    def get_state(self) -> dict[str, dict[str, int]]:
+        """What `set_state` takes, to be kept as JSON."""
+        return {source: dict(counters) for source, counters in self.counters.items()}
+
+    def set_state(self, state: Mapping[str, Mapping[str, int]]) -> None:
         """Goes on with the counts of a `get_state`."""
         none = dict.fromkeys(COUNTERS, 0)  # of a counter that the state does not know yet
-        self._counters = {source: none | counters for source, counters in state["counters"].items()}
-        self._runs = dict(state["runs"])
+        self.counters = {source: none | dict(counters) for source, counters in state.items()}
 
 
 def _left_out(counters: Mapping[str, int]) -> int:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 
 import grain
 from absl import flags
@@ -20,18 +21,14 @@ _MUTES_TRACKER = "ignore:resource_tracker:UserWarning"
 warns when there is something to remove, and here there is whenever a run is stopped."""
 
 
-def read_in_workers(batches: grain.IterDataset, num_workers: int) -> grain.IterDataset:
-    """The same batches, read and packed by processes, each of which reads every n-th document.
-
-    Args:
-      batches: of one training process.
-      num_workers: processes, at least 1.
-    """
+def read_in_workers(parts: Sequence[grain.IterDataset]) -> grain.IterDataset:
+    """Tuples of what several datasets yield, each of which is read by a process of its own."""
     if not flags.FLAGS.is_parsed():  # Grain's worker processes read flags of their own, also where nothing has any
         flags.FLAGS.mark_as_parsed()
     if _MUTES_TRACKER not in sys.warnoptions:  # which are handed to the tracker when it is started
         sys.warnoptions.append(_MUTES_TRACKER)
-    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _end_with_parent)
+    options = grain.MultiprocessingOptions(num_workers=1)
+    return grain.experimental.ZipIterDataset([part.mp_prefetch(options, end_with_parent) for part in parts])
 
 
 class Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
@@ -49,7 +46,7 @@ class Prefetch(grain.experimental.ThreadPrefetchDatasetIterator):
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _end_with_parent(worker: int, num_workers: int) -> None:
+def end_with_parent(*_: int) -> None:
     """Lets this worker process end as soon as the one that started it has, however that ended."""
     threading.Thread(target=_wait_for_end_of_parent, daemon=True).start()
 

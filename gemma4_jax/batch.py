@@ -1,7 +1,7 @@
 """`Batch`: what a Gemma 4 reads, as packed rows of static shape."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +50,11 @@ class Batch:
     audio_features: jax.Array
     frame_sound_ids: jax.Array
     audio_slots: jax.Array
+
+    def map_tokens(self, function: Callable[[jax.Array], jax.Array]) -> "Batch":
+        """With a function of every array that has a token at each place."""
+        names = [name for name, field in FIELDS.items() if field.dims == _TOKENS]
+        return dataclasses.replace(self, **{name: function(getattr(self, name)) for name in names})
 
 
 class Field(NamedTuple):

@@ -7,38 +7,52 @@ so that nobody can end a turn, or begin the model's, by writing so.
 Source: transformers 5.24, `utils/chat_template_utils.py`; the templates of the released Gemma 4 checkpoints.
 """
 
-import datetime
+import bisect
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
 import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
 import numpy as np
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.sandbox import MAX_CHARACTERS, SPAN, SPAN_END, make_environment
 from gemma4_jax.tokenizer import NAMES, Tokenizer
 
-MAX_CHARACTERS = 1 << 24
-"""A template, or a conversation, that is longer is refused."""
-
-_MAX_BITS = 1 << 16
-"""Of a number that a template computes."""
-
 # Characters that Unicode keeps out of texts mark what is to be found again in a rendered one.
-_PLAIN, _PLAIN_END, _SPAN, _SPAN_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+_PLAIN, _PLAIN_END = "\ufdd0", "\ufdd1"
 _PLAIN_NAME = re.compile(f"{_PLAIN}([^{_PLAIN}{_PLAIN_END}]*){_PLAIN_END}|[{_PLAIN}{_PLAIN_END}]")
-_MARKS = re.compile(f"[{_PLAIN}{_PLAIN_END}{_SPAN}{_SPAN_END}]")
+_MARKS = re.compile(f"[{_PLAIN}{_PLAIN_END}{SPAN}{SPAN_END}]")
 
-_TURN = re.compile(rf"(?<!{_PLAIN})<\|turn>model\n(.*?)((?<!{_PLAIN})<turn\|>|\Z)", re.DOTALL)
-_TOOL_RESPONSE = re.compile(rf"(?<!{_PLAIN})<\|tool_response>(.*?)(?:(?<!{_PLAIN})<tool_response\|>|\Z)", re.DOTALL)
+_TURN, _TURN_END = "<|turn>model\n", "<turn|>"
+_RESPONSE, _RESPONSE_END = "<|tool_response>", "<tool_response|>"
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def template_source(folder: Path) -> str | None:
+    """The chat template beside a tokenizer.json: chat_template.jinja, else what a file of JSON says; None without one.
+
+    Raises:
+      InputError: a file cannot be read.
+    """
+    path = folder / "chat_template.jinja"
+    try:
+        if path.is_file():
+            with path.open(encoding="utf-8") as file:
+                return file.read(MAX_CHARACTERS + 1)
+        for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+            content: Any = json.loads(path.read_text("utf-8")) if path.is_file() else None
+            if isinstance(content, dict) and isinstance(content.get("chat_template"), str):
+                return content["chat_template"]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    return None
 
 
 class ChatTemplate:
@@ -65,7 +79,7 @@ class ChatTemplate:
         self._beginnings = {name[:stop] for name in names for stop in range(1, len(name))}
         self._longest = max(map(len, names))
         self._named_tokens = {name: token for name, token in NAMES.items() if token in tokenizer.special_tokens}
-        environment = _environment()
+        environment = make_environment()
         try:
             self._template = environment.from_string(source)
             self._marks_spans = any(
@@ -147,7 +161,7 @@ class ChatTemplate:
             marked too.
         """
         if isinstance(value, str):
-            marked = self._special_token.sub(f"{_PLAIN}\\g<0>{_PLAIN_END}", value)
+            marked = self._special_token.sub(_between_marks, value)
             return self._mark_end(marked) if is_followed else marked
         if isinstance(value, dict):
             return {self._mark(name): self._mark(item, is_followed=is_followed) for name, item in value.items()}
@@ -165,33 +179,56 @@ class ChatTemplate:
         return text
 
     def _render(self, variables: dict[str, Any]) -> str:
-        blocks, length = [], 0
         try:
-            for block in self._template.generate(variables):
-                blocks.append(block)
-                length += len(block)
-                if length > MAX_CHARACTERS:
-                    raise InputError(
-                        f"the chat template writes more than {MAX_CHARACTERS} characters: it is no template."
-                    )
+            return self._write(variables)
         except InputError:
             raise
         except Exception as error:  # a template is a program, and fails as programs do
-            raise InputError(f"the chat template cannot write this conversation: {_sentence(error)}") from error
+            number = self._first_that_fails(variables)
+            role = variables["messages"][number]["role"]
+            raise InputError(
+                f"the chat template cannot write message {number} ({role:.60}) of this conversation: {_sentence(error)}"
+            ) from error
+
+    def _write(self, variables: dict[str, Any]) -> str:
+        blocks, length = [], 0
+        for block in self._template.generate(variables):
+            blocks.append(block)
+            length += len(block)
+            if length > MAX_CHARACTERS:
+                raise InputError(f"the chat template writes more than {MAX_CHARACTERS} characters: it is no template.")
         return "".join(blocks)
 
+    def _first_that_fails(self, variables: dict[str, Any]) -> int:
+        """The message that ends the shortest conversation that the template cannot write: most fail from there on."""
+        messages = variables["messages"]
+
+        def fails(number: int) -> bool:
+            try:
+                self._write({**variables, "messages": messages[: number + 1]})
+            except Exception:
+                return True
+            return False
+
+        return bisect.bisect_left(range(len(messages) - 1), True, key=fails)
+
     def _tokenize(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        is_ours = np.zeros(len(text) + 1, bool)
-        for start, stop in spans:
-            is_ours[start:stop] = True
+        """Tokens of a rendered chat, and for each whether any of its characters is in a span.
+
+        Args:
+          text: names of special tokens between marks are plain characters.
+          spans: [start, stop) in the text, in order and apart.
+        """
         ids: list[int] = []
-        mask: list[bool] = []
+        begins: list[np.ndarray] = []
+        ends: list[np.ndarray] = []
 
         def add(start: int, stop: int, *, reads_special_tokens: bool) -> None:
-            encode = self._tokenizer.encode_with_offsets
-            piece_ids, offsets = encode(text[start:stop], reads_special_tokens=reads_special_tokens)
+            encode = self._tokenizer.encode_with_ends
+            piece_ids, piece_ends = encode(text[start:stop], reads_special_tokens=reads_special_tokens)
             ids.extend(piece_ids)
-            mask.extend(bool(is_ours[start + first : start + last].any()) for first, last in offsets)
+            ends.append(piece_ends + start)
+            begins.append(np.concatenate(([start], ends[-1]))[:-1])
 
         end = 0
         for mark in _PLAIN_NAME.finditer(text):
@@ -200,23 +237,46 @@ class ChatTemplate:
                 add(*mark.span(1), reads_special_tokens=False)
             end = mark.end()
         add(end, len(text), reads_special_tokens=True)
-        return ids, mask
+        return ids, _is_within(np.concatenate(begins), np.concatenate(ends), spans).tolist()
+
+
+def _is_within(begins: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """[n] bool: whether any character of a token is in a span.
+
+    Args:
+      begins, ends: [n] ascending, where each token begins and ends; of the bytes of one character, where each is a
+        token, all end with it, and the first begins it.
+      spans: [start, stop) in order and apart.
+    """
+    mask = np.zeros(len(ends), bool)
+    starts, stops = np.array(spans, int).reshape(-1, 2).T
+    firsts = np.searchsorted(ends, starts, side="right")
+    lasts = np.maximum(np.searchsorted(begins, stops), np.searchsorted(ends, stops, side="right"))
+    for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+        mask[first:last] = True
+    return mask
+
+
+def _between_marks(name: re.Match[str]) -> str:
+    return f"{_PLAIN}{name[0]}{_PLAIN_END}"
 
 
 def _take_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
     """The text without the marks of generation blocks, and where these were."""
-    parts = re.split(f"([{_SPAN}{_SPAN_END}])", text)
+    parts = re.split(f"([{SPAN}{SPAN_END}])", text)
     spans, starts, length = [], [], 0
     for part in parts:
-        if part == _SPAN:
+        if part == SPAN:
             starts.append(length)
-        elif part == _SPAN_END:
+        elif part == SPAN_END:
             if not starts:
                 raise InputError("the chat template writes U+FDD3, which stands for the end of a generation block.")
-            spans.append((starts.pop(), length))
+            start = starts.pop()
+            if not starts:  # one inside of another is in that one's span
+                spans.append((start, length))
         else:
             length += len(part)
-    return "".join(part for part in parts if part not in (_SPAN, _SPAN_END)), spans
+    return "".join(part for part in parts if part not in (SPAN, SPAN_END)), spans
 
 
 def _model_turns(text: str, *, is_open: bool) -> list[tuple[int, int]]:
@@ -227,15 +287,27 @@ def _model_turns(text: str, *, is_open: bool) -> list[tuple[int, int]]:
       is_open: whether a turn that the text ends in is a conversation's last, and not the beginning of what is to come.
     """
     spans = []
-    for turn in _TURN.finditer(text):
-        if not turn[2] and not is_open:
-            continue
-        start, stop = turn.start(1), turn.end()
-        for response in _TOOL_RESPONSE.finditer(text, start, stop):
-            spans.append((start, response.start(1)))
-            start = response.end()
-        spans.append((start, stop))
+    end = 0
+    while (turn := _find(text, _TURN, end)) >= 0:
+        start = turn + len(_TURN)
+        stop = _find(text, _TURN_END, start)
+        if stop < 0 and not is_open:
+            break
+        end = len(text) if stop < 0 else stop + len(_TURN_END)
+        while (response := _find(text, _RESPONSE, start, end)) >= 0:
+            spans.append((start, response + len(_RESPONSE)))
+            stop = _find(text, _RESPONSE_END, response, end)
+            start = end if stop < 0 else stop + len(_RESPONSE_END)
+        spans.append((start, end))
     return [(start, stop) for start, stop in spans if start < stop]
+
+
+def _find(text: str, name: str, start: int, stop: int | None = None) -> int:
+    """Where a special token begins in a rendered text, -1 if nowhere: not where somebody only says its name."""
+    found = text.find(name, start, stop)
+    while found > 0 and text[found - 1] == _PLAIN:
+        found = text.find(name, found + 1, stop)
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -243,7 +315,7 @@ def _plain(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, str):
-        return _MARKS.sub("", str.__str__(value))
+        return value if type(value) is str and value.isascii() else _MARKS.sub("", str.__str__(value))
     if isinstance(value, Mapping):
         return {str(_plain(name)): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -255,72 +327,3 @@ def _sentence(error: BaseException) -> str:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     line = getattr(error, "lineno", None)
     return f"{text.rstrip('.')}{f' (line {line})' if line else ''}."
-
-
-class _GenerationBlocks(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} around what the model writes."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        return f"{_SPAN}{caller()}{_SPAN_END}"
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace, without names that could reach what is inside of Python."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        attributes = dict(*rest, **kwargs)
-        for name in attributes:
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"{name!r} is no name for an attribute of a namespace")
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, without products that fill the memory."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        is_large = False
-        if isinstance(left, int) and isinstance(right, int):
-            is_large = left.bit_length() * (right if operator == "**" else 1) + right.bit_length() > _MAX_BITS
-        elif isinstance(left, int) or isinstance(right, int):
-            count, items = (left, right) if isinstance(left, int) else (right, left)
-            is_large = isinstance(items, str | list | tuple) and len(items) * count > MAX_CHARACTERS
-        if is_large:
-            raise jinja2.sandbox.SecurityError(f"the result of {operator} is too large for a template")
-        return super().call_binop(context, operator, left, right)
-
-
-def _environment() -> _Sandbox:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
-    )
-
-    def raise_exception(message: Any) -> None:
-        raise jinja2.TemplateError(str(message))
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    safe = {"range": environment.globals["range"], "namespace": _Namespace, "raise_exception": raise_exception}
-    environment.globals.clear()
-    environment.globals.update(safe, strftime_now=lambda form: datetime.datetime.now().strftime(form))
-    environment.filters["tojson"] = tojson
-    return environment

@@ -2,9 +2,13 @@
 
 import os
 import re
+import secrets
+import zlib
 from pathlib import Path
 
 from gemma4_jax.errors import InputError
+
+_PIECE_BYTES = 1 << 22
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -51,7 +55,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
       OSError: it cannot be written; the old one, if there is one, stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: on machines that share a disk two may have the same.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -60,3 +65,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file, which is read in pieces.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    crc, piece = 0, memoryview(bytearray(_PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while num_bytes := file.readinto(piece):
+            crc = zlib.crc32(piece[:num_bytes], crc)
+    return crc

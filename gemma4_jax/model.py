@@ -9,6 +9,8 @@ from gemma4_jax.audio.tower import AudioTower
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.layers import Linear, rms_normalize, weight
+from gemma4_jax.ops.attention import Shape
+from gemma4_jax.ops.attention.context import swap_halves
 from gemma4_jax.ops.cross_entropy import Head, vocabulary_logits
 from gemma4_jax.ops.gather import invert_rows, move_rows
 from gemma4_jax.ops.matmul import value
@@ -18,6 +20,7 @@ from gemma4_jax.text.attention import view_tokens
 from gemma4_jax.text.decoder import Decoder
 from gemma4_jax.text.embedding import Embedder, PerLayerEmbedder
 from gemma4_jax.text.moe import RouterStats
+from gemma4_jax.vision.geometry import SOFT_TOKEN_BUDGETS
 from gemma4_jax.vision.tower import VisionTower
 
 _ANYWHERE = KernelPolicy()
@@ -52,7 +55,7 @@ class Gemma4(nnx.Module):
         pad = config.tokens.pad
         self.embedder = Embedder(rngs, text, pad=pad, dtype=dtype, param_dtype=param_dtype)
         self.per_layer_embedder = (
-            PerLayerEmbedder(rngs, text, pad=pad, dtype=dtype, param_dtype=param_dtype)
+            PerLayerEmbedder(rngs, text, pad=pad, dtype=dtype, param_dtype=param_dtype, remat_policy=remat)
             if text.per_layer_embed_dim
             else None
         )
@@ -86,10 +89,18 @@ class Gemma4(nnx.Module):
         """Final hidden states [B, T, D], and router statistics with a leading [L] axis where there are experts."""
         length = batch.tokens.shape[1]
         index = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
-        view = view_tokens(self.config.text, batch, self.kernels, index=index, num_keys=length)
-        x, per_layer = self.embed(batch)
+        view = view_tokens(
+            self.config.text,
+            batch,
+            self.kernels,
+            index=index,
+            num_keys=length,
+            image_tokens=image_tokens(self.config, batch.patches.shape[1]),
+        )
+        # The decoder alone has positions in the order that spreads its work evenly over `context`.
+        x, per_layer = self.embed(batch.map_tokens(swap_halves))
         hidden, stats, _ = self.decoder(x, per_layer, view)
-        return hidden, stats
+        return swap_halves(hidden), stats
 
     def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Merged embeddings [B, T, D], and per-layer embeddings [L, B, T, Q] or None."""
@@ -117,6 +128,21 @@ class Gemma4(nnx.Module):
         assert self.audio is not None
         encoded = self.audio(batch.audio_features, batch.frame_sound_ids)
         return self.audio_projection(rms_normalize(encoded, AUDIO_NORM_EPS).astype(encoded.dtype))
+
+
+def attention_shapes(config: Gemma4Config, *, tokens: int, patches: int) -> list[Shape]:
+    """What attention computes for rows of so many tokens and patches: one shape for each kind of layer there is."""
+    text, vision = config.text, config.vision
+    shapes = [Shape(tokens, tokens, text.global_head_dim, ahead=0)]
+    if text.attention_period > 1:
+        ahead = 0 if not text.image_blocks_bidirectional else max(image_tokens(config, patches) - 1, 0)
+        shapes.insert(0, Shape(tokens, tokens, text.head_dim, text.sliding_window - 1, ahead))
+    return shapes if vision is None or not patches else [*shapes, Shape(patches, patches, vision.head_dim)]
+
+
+def image_tokens(config: Gemma4Config, patches: int) -> int:
+    """Most soft tokens that an image of a row may have: as many as the row's patches make, or the largest budget."""
+    return 0 if config.vision is None else min(patches // config.vision.pooling_size**2, SOFT_TOKEN_BUDGETS[-1])
 
 
 def _merge(x: jax.Array, soft_tokens: jax.Array, slots: jax.Array) -> jax.Array:

@@ -43,6 +43,21 @@ def agree(decide: Callable[[], T]) -> T:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
+def gather(value: T) -> list[T]:
+    """What every process gives, in their order, in every process.
+
+    Args:
+      value: what JSON can hold.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content))))
+    padded = np.pad(content, (0, sizes.max() - len(content)))
+    contents = np.asarray(multihost_utils.process_allgather(padded))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(contents, sizes, strict=True)]
+
+
 @contextlib.contextmanager
 def led_by_first() -> Iterator[None]:
     """Around what the first process does, and what the others do with it; all leave it together.

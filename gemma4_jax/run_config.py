@@ -83,7 +83,7 @@ class SourceConfig(Section):
 
     name: str
     kind: str = field("jsonl", "Format of its records, a key of gemma4_jax.data.sources.KINDS.", NOT_EMPTY)
-    path: str = field("", "Where they are, as the kind reads it: a file, or of tfds NAME/SPLIT.", _NO_ADDRESS)
+    path: str = field("", "Where they are, as the kind reads it: a file, an address, or of tfds NAME/SPLIT.")
     task: str = field(
         "auto",
         'What becomes of a record, a key of gemma4_jax.data.tasks.TASKS; "auto" goes by the columns that it has.',
@@ -91,6 +91,12 @@ class SourceConfig(Section):
     )
     weight: float = field(
         1.0, "Its share of the documents drawn, relative to the sum; of 0 nothing is drawn.", at_least(0)
+    )
+    epochs: int = field(
+        0,
+        "Times that it is read, after which it drops out and the others go on in their proportions; 0 for as long as "
+        "the run goes on.",
+        at_least(0),
     )
     held_out: float = field(0.0, "Share of its records that training never sees; evaluation reads them.", BELOW_ONE)
     columns: Mapping[str, str] = field({}, "What the task calls a part of a record -> what the record calls it.")
@@ -115,6 +121,12 @@ class DataConfig(Section):
         "images_per_row of the largest images.",
         at_least(0),
     )
+    frames_per_row: int = field(
+        0,
+        "Frames of sounds in a packed row, at most; a multiple of 4. A second has 100, and the longest sound, of 30 s, "
+        "takes 3004. 0 trains without sounds.",
+        Rule(lambda value: value >= 0 and value % 4 == 0, "a multiple of 4, and at least 0"),
+    )
     soft_tokens_per_image: int = field(
         70,
         "Most soft tokens that an image may become: 70, 140, 280, 560 or 1120. More tokens, finer reading, more "
@@ -126,8 +138,8 @@ class DataConfig(Section):
     )
     num_workers: int = field(
         0,
-        "Processes that read and pack ahead of the training process; 0 does it in a thread of that process. The order "
-        "of documents depends on the number.",
+        "Processes that read, pack and decode ahead of the training process, at most one for each of its rows; 0 does "
+        "it in threads of that process. What is read, and in which order, does not depend on the number.",
         at_least(0),
     )
     long_masked: str = field(
@@ -136,6 +148,13 @@ class DataConfig(Section):
         '"cut_context" shortens it: tokens go from the left of the text before its first learned one, of which the '
         "last segment is the question and stays. Where that is not enough it is left out too.",
         one_of("drop", "cut_context"),
+    )
+    loss_weighting: str = field(
+        "token",
+        'What weighs the same in the loss: "token", every token that carries loss; "document", every document, however '
+        'much of it carries loss; "square_root", between the two: a document weighs the square root of its learned '
+        "tokens. A piece of a text that is split counts as a document.",
+        one_of("token", "document", "square_root"),
     )
     max_left_out: float = field(
         0.5,
@@ -159,6 +178,9 @@ class DataConfig(Section):
         super().__post_init__()
         given = {name: source.weight for name, source in self.sources.items()}
         require(bool(self.mixture), "data.sources", given, "at least one source with a weight above 0")
+        epochs = {name: source.epochs for name, source in self.mixture.items()}
+        goes_on = "0 for one source that is drawn from: train.num_steps says when a run ends"
+        require(0 in epochs.values(), "data.sources.*.epochs", epochs, goes_on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,10 +212,16 @@ class TrainConfig(Section):
         'What computes the experts: "auto", by platform, or a key of gemma4_jax.ops.expert_parallel.IMPLEMENTATIONS.',
         NOT_EMPTY,
     )
+    expert_exchange: str = field(
+        "auto",
+        'How tokens travel to the experts of other devices: "gather", all of them to all; "ragged", each to its own, '
+        'not on CPU; or "auto", which is gather.',
+        one_of("auto", "gather", "ragged"),
+    )
     remat: str = field(
         "none",
         'What the forward pass keeps for the backward pass: "none" recomputes nothing, "dots" keeps the results of '
-        'weight matmuls, "attention" those of attention, "full" only the input of each block; "offload" moves that to '
+        'weight matmuls, "attention" those of attention, "full" only the input of each layer; "offload" moves that to '
         "the memory of the host.",
         one_of("none", "dots", "attention", "full", "offload"),
     )
@@ -202,14 +230,22 @@ class TrainConfig(Section):
         "Positions of a row whose logits exist at one time, at most: the largest divisor of data.seq_len is taken.",
         at_least(1),
     )
+    z_loss_weight: float = field(
+        0.0,
+        "Weight of the z-loss of the vocabulary, the squared log-sum-exp of a token's logits, which keeps them from "
+        "drifting; 0 switches it off.",
+        at_least(0),
+    )
     load_balance_weight: float = field(
         -1.0,
-        "Weight of the load-balance loss of the experts; 0 switches it off. -1 is 0.01 for a run from random "
+        "Weight of the load-balance loss of each layer's experts; 0 switches it off. -1 is 0.01 for a run from random "
         "parameters and 0 for one from a checkpoint, whose experts have found their work.",
         Rule(lambda value: value >= 0 or value == -1, "at least 0, or -1"),
     )
     router_z_weight: float = field(
-        0.0, "Weight of the router's z-loss, which keeps its scores small; 0 switches it off.", at_least(0)
+        0.0,
+        "Weight of the z-loss of each layer's router, which keeps its scores small; 0 switches it off.",
+        at_least(0),
     )
 
 
@@ -418,5 +454,6 @@ def check_mesh(config: RunConfig, mesh: Mapping[str, int]) -> None:
         is_even = evaluator.batch_size % rows == 0
         even = f"a multiple of the {rows} shards of rows ({sizes})"
         require(is_even, f"{evaluator.section}.batch_size", evaluator.batch_size, even)
-    even = f"a multiple of mesh.context={mesh['context']}"
-    require(data.seq_len % mesh["context"] == 0, "data.seq_len", data.seq_len, even)
+    if mesh["context"] > 1:
+        even = f"a multiple of {2 * mesh['context']}, two chunks for each shard of mesh.context={mesh['context']}"
+        require(data.seq_len % (2 * mesh["context"]) == 0, "data.seq_len", data.seq_len, even)

@@ -31,6 +31,24 @@ attention, or nothing; "offload" keeps nothing, and moves the input to the memor
 to, all of them keep: it is small, and is decided once."""
 
 
+def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """A step of a stack, of which the backward pass has what a policy keeps, and computes the rest again.
+
+    Args:
+      step: (carry, *rest) -> anything.
+      policy: a key of `REMAT_POLICIES`.
+    """
+    if policy == "none":
+        return step
+
+    def named_step(carry: Any, *rest: Any) -> Any:
+        return step(jax.tree.map(lambda x: checkpoint_name(x, "residual"), carry), *rest)
+
+    # Its barriers make what is computed again wait for its gradient: without them the compiler computes several layers
+    # of a period again before it needs the first of them.
+    return jax.checkpoint(named_step, policy=REMAT_POLICIES[policy], prevent_cse=True)
+
+
 def stack_modules(build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, count: int) -> nnx.Module:
     """`count` modules of one shape as one module whose arrays have a leading "layers" axis."""
     return nnx.vmap(lambda key: build(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), count))
@@ -59,11 +77,7 @@ def run_stack(
 
     def scanned_step(carry: Any, scanned: tuple[nnx.State, Any]) -> tuple[Any, Any]:
         state, inputs = scanned
-        carry = jax.tree.map(lambda x: checkpoint_name(x, "residual"), carry)
         return step(nnx.merge(graphdef, state), carry, inputs)
 
-    if remat_policy != "none":
-        # A scan keeps its backward pass apart from its forward pass: nothing that was recomputed could be merged away.
-        scanned_step = jax.checkpoint(scanned_step, policy=REMAT_POLICIES[remat_policy], prevent_cse=False)
     with jax.named_scope("layers"):
-        return jax.lax.scan(scanned_step, carry, (state, inputs))
+        return jax.lax.scan(remat(scanned_step, remat_policy), carry, (state, inputs))

@@ -1,31 +1,37 @@
-"""gemma4 check RUN_DIR
+"""gemma4 check FOLDER
 
-Reads every checkpoint of a run and compares its files with the checksums that were written with them. Nothing is
-changed. Exit status 2 says that one is damaged.
+Reads every checkpoint of a run, or what `gemma4 prepare` made of a source, and compares its files with the checksums
+that were written with them. Nothing is changed. Exit status 2 says that one is damaged.
 
   gemma4 check runs/quickstart
+  gemma4 check prepared/pictures
 """
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from gemma4_jax.errors import InputError
 from gemma4_jax.launch import cli
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Checks one run.
+    """Checks one run, or one source that was prepared.
 
     Raises:
-      InputError: the argument is not acceptable, there is no checkpoint, or one is damaged.
+      InputError: the argument is not acceptable, there is nothing to check, or something is damaged.
     """
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise InputError(f"check takes one RUN_DIR, and was given {' '.join(arguments) or 'nothing'}.")
+        raise InputError(f"check takes one folder, and was given {' '.join(arguments) or 'nothing'}.")
 
     from gemma4_jax.checkpoints.integrity import FROZEN, checkpoint_steps, verify
+    from gemma4_jax.data.prepared import MANIFEST
     from gemma4_jax.files import local_path
 
     run_dir = local_path(arguments[0])
+    if (run_dir / MANIFEST).is_file():
+        _check_prepared(run_dir)
+        return
     steps = checkpoint_steps(run_dir)
     if not steps:
         raise InputError(f"{run_dir} holds no checkpoint: give the directory of a run.")
@@ -46,6 +52,21 @@ def main(arguments: Sequence[str]) -> None:
     if damaged:
         of = f"{len(damaged)} of {len(folders)} checkpoints in {run_dir}"
         raise InputError(f"{of} are damaged ({'; '.join(damaged)}): a run goes on from the newest intact one.")
+
+
+def _check_prepared(folder: Path) -> None:
+    from gemma4_jax.data.prepared import damage, read_manifest, shards_in
+
+    manifest = read_manifest(folder)
+    damaged = []
+    for shard, known in shards_in(folder, manifest):
+        if (clause := damage(shard, known, by_checksum=True)) is not None:
+            damaged.append(clause)
+            print(clause)
+    if damaged:
+        raise InputError(f"{len(damaged)} shards of {folder} are damaged: delete these files, and prepare it again.")
+    num_bytes = sum(file["bytes"] for shard in manifest["shards"] for file in shard["files"].values())
+    print(f"intact, {len(manifest['shards'])} shards of {num_bytes / 1e6:,.1f} MB compared by their checksums")
 
 
 def help_text() -> str:

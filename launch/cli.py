@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train the run that a config describes, or resume it",
     "fields": "tell every field of a run config, its default and its meaning",
     "preview": "show the first packed rows of a run as one HTML page",
+    "prepare": "encode the data of a run once, so that training only reads it",
     "export": "write a trained run as Hugging Face-format safetensors",
     "convert": "write Hugging Face-format safetensors as a checkpoint that runs begin from",
     "check": "compare the checkpoints of a run with their checksums",

@@ -4,8 +4,8 @@
 Prints what a model writes. MODEL is a folder in Hugging Face's format, a released checkpoint or an export, or the
 directory of a run, whose last checkpoint is exported to a temporary folder for it. The prompt is what a user says in a
 chat, after the images and sounds, if the model has a chat template; with --raw, or without a template, it is the text
-that the model goes on from, in which <|image|> stands for each image and <|audio|> for each sound. Sounds are WAV files
-of 16 bits and 16,000 samples a second.
+that the model goes on from, in which <|image|> stands for each image and <|audio|> for each sound. Sounds are WAV,
+FLAC, MP3 or OGG files of at most 30 s.
 
   gemma4 generate gemma-4-E2B-it --prompt="What is this?" --image=cat.png
   gemma4 generate runs/quickstart --prompt="def main(" --temperature=0.7
@@ -61,7 +61,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     values = flags.FlagValues()
     flags.DEFINE_string("prompt", None, "what the model goes on from", flag_values=values)
     flags.DEFINE_multi_string("image", [], "an image file", flag_values=values)
-    flags.DEFINE_multi_string("audio", [], "a WAV file", flag_values=values)
+    flags.DEFINE_multi_string("audio", [], "a sound file", flag_values=values)
     flags.DEFINE_bool("raw", False, "the prompt is no chat", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 256, "tokens to write at most", flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)

@@ -1,7 +1,8 @@
 """gemma4 preview --config=FILE_OR_NAME [--config.FIELD=VALUE ...] [--out=preview.html]
 
-Shows what a run would train on: its first packed rows as one HTML page, with tokens coloured by document, the tokens
-that carry loss marked, images where they stand, the attention mask of a row, and the share of padding.
+Shows what a run would train on, as one HTML page: the first records of every source as the model reads them, with what
+carries loss underlined, images and sounds where they stand, and what is left out and why; plots of the first thousand;
+and the first packed rows, with the attention mask of each, and the share of padding.
 
   gemma4 preview --config=quickstart --out=rows.html
 """
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     from gemma4_jax.data.preview import preview
 
     out = str(local_path(str(command_flags["out"].value)))
-    preview(config.resolved(), out)
+    preview(config.resolved(), out, lambda sentence: print(sentence, file=sys.stderr, flush=True))
     print(f"wrote {out}")
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+from random import Random
 
 import pytest
 
@@ -158,7 +159,7 @@ def test_a_pickled_tokenizer_is_the_same(tokenizer, template):
         ("{{ cycler.__init__.__globals__ }}", "undefined|unsafe"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ raise_exception('no system turn') }}", "no system turn"),
-        ("{{ messages + 1 }}", "cannot write this conversation"),
+        ("{{ messages + 1 }}", r"cannot write message 0 \(user\) of this conversation"),
         ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "writes more than"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{% set y = 'x' * 200000000 %}", "too large"),
@@ -224,3 +225,45 @@ def test_a_template_sees_plain_data_only(tokenizer):
     source = "{{ messages[0]['content'][0]['image'] }}{{ messages[0]['content'][0]['image'].save is defined }}"
     ids, _ = ChatTemplate(source, tokenizer).encode([message])
     assert tokenizer.decode(ids) == "<Image>False"
+
+
+def test_a_token_is_the_models_if_any_of_its_characters_is(tokenizer):
+    """Wherever a generation block begins and ends: in the middle of a token, and of the bytes of a character."""
+    template = ChatTemplate(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ m.role }}{% endfor %}", tokenizer
+    )
+    random = Random(0)
+    for _ in range(100):
+        said = ["".join(random.choices(["a", " b", "\n", "é", "🙂", "<turn|>"], k=6)) for _ in range(3)]
+        ids, mask = template.encode([user(text) for text in said])
+        text = "".join(f"{text}user" for text in said)
+        encoding = tokenizer._tokenizer.encode(text, add_special_tokens=False)
+        is_ours = "".join("1" * len(text) + "0000" for text in said)
+        assert ids == encoding.ids
+        assert mask == ["1" in is_ours[start:stop] for start, stop in encoding.offsets]
+
+
+FUSSY = """
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' and not loop.first -%}{{ raise_exception('it must be the first.') }}{%- endif -%}
+    {%- generation -%}{{ message['content'] + '' }}{%- endgeneration -%}
+{%- endfor -%}"""
+
+
+@pytest.mark.parametrize(
+    ("messages", "where"),
+    [
+        ([{"role": "system", "content": "a"}, user("b")], None),
+        ([user("a"), assistant("b"), {"role": "system", "content": "c"}, user("d")],
+         r"message 2 \(system\) of this conversation: it must be the first\.$"),
+        ([user("a"), {"role": "assistant"}], r"message 1 \(assistant\) of .* has no attribute 'content'"),
+        ([{"role": "tool", "name": "x"}, user("a")], r"message 0 \(tool\)"),
+    ],
+)  # fmt: skip
+def test_a_template_that_fails_names_the_message(messages, where, tokenizer):
+    template = ChatTemplate(FUSSY, tokenizer)
+    if where is None:
+        template.encode(messages)
+        return
+    with pytest.raises(InputError, match=f"the chat template cannot write {where}"):
+        template.encode(messages)

@@ -19,7 +19,7 @@ FLOORS = [
     ("ops",),
     ("sharding", "rope", "processes"),
     ("chat",),
-    ("tokenizer",),
+    ("tokenizer", "sandbox"),
     ("configs",),
     ("run_config",),
     ("batch", "files", "vision.geometry", "audio.features"),

@@ -1,9 +1,11 @@
 import json
 import pickle
 import shutil
+from random import Random
 
 import numpy as np
 import pytest
+import tokenizers
 
 from gemma4_jax import sizes
 from gemma4_jax.errors import InputError
@@ -55,7 +57,7 @@ def test_names_of_special_tokens_in_text_are_only_text(tokenizer):
 
 
 def test_half_a_character_is_no_text(tokenizer):
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_with_offsets(text, reads_special_tokens=True)):
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_with_ends(text, reads_special_tokens=True)):
         with pytest.raises(InputError, match="without lone surrogates"):
             encode("a\ud800")
 
@@ -109,3 +111,22 @@ def test_transformers_gives_the_same_ids(tokenizer, tmp_path, tokenizer_class):
         assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
         assert theirs.encode(text) == [tokenizer.tokens.bos, *tokenizer.encode(text)]
     assert theirs.encode("<|image|>", add_special_tokens=False) == [tokenizer.tokens.image]
+
+
+@pytest.mark.parametrize("normalizer", [None, tokenizers.normalizers.NFD()])
+@pytest.mark.parametrize("reads_special_tokens", [False, True])
+def test_where_tokens_end_is_where_the_library_says(tmp_path, normalizer, reads_special_tokens):
+    """Also where the library is not asked: in texts of bytes, and of names of tokens."""
+    library = tokenizers.Tokenizer.from_file(str(Tokenizer.load("bundled").path))
+    if normalizer is not None:
+        library.normalizer = tokenizers.normalizers.Sequence([normalizer, library.normalizer])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, library = Tokenizer(tmp_path / "tokenizer.json"), tokenizers.Tokenizer.from_str(library.to_str())
+    library.encode_special_tokens = not reads_special_tokens
+    random = Random(0)
+    for _ in range(200):
+        text = "".join(random.choices(["a", " b", "\n", "é", "漢", "🙂", "▁", "<eos>", "<0x41>", "\u0301"], k=20))
+        ids, ends = tokenizer.encode_with_ends(text, reads_special_tokens=reads_special_tokens)
+        expected = library.encode(text, add_special_tokens=False)
+        assert ids == expected.ids
+        assert ends.tolist() == [stop for _, stop in expected.offsets]

@@ -3,7 +3,8 @@
 RUN_DIR/checkpoints/STEP holds three items:
 - model: the trained parameters, as nested dictionaries;
 - training: step and optimizer state;
-- data: where each process's data iterator stands, after exactly the batches of the first STEP steps.
+- data: where the data iterator of each process stands, after exactly the batches of the first STEP steps. Together
+  they say where the run stands, and any number of processes goes on from them.
 
 RUN_DIR/frozen holds the item model of what never changes, frozen parameters and buffers: it is written once, before the
 first checkpoint, and only where there is any.
@@ -16,6 +17,7 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -30,6 +32,7 @@ from flax import nnx
 
 from gemma4_jax.checkpoints.integrity import FROZEN, checkpoint_steps, newest_intact, write_checksums
 from gemma4_jax.checkpoints.parameters import CheckpointParameters, flatten_paths, stored_arrays
+from gemma4_jax.data.iterator import TrainIterator, join_states
 from gemma4_jax.errors import InputError
 from gemma4_jax.processes import agree, is_first, led_by_first
 from gemma4_jax.train.state import TrainState
@@ -99,7 +102,7 @@ class Checkpoints:
         with self._as_one_sentence():
             self._manager.wait_until_finished()
 
-    def restore(self, step: int, abstract: TrainState, iterator: grain.DatasetIterator) -> TrainState:
+    def restore(self, step: int, abstract: TrainState, iterator: TrainIterator) -> TrainState:
         """Reads one checkpoint, each array straight to its shards on this run's mesh, whatever mesh it was saved on.
 
         Args:
@@ -107,17 +110,17 @@ class Checkpoints:
           abstract: the state to fill, from `state.abstract_state`.
           iterator: set to where it stood.
         Raises:
-          InputError: the checkpoint is not of this model, or of another number of processes.
+          InputError: the checkpoint is not of this model, or its place in the data is none of this run.
         """
         self._check_model(step, abstract)
         items = ocp.args.Composite(
             model=ocp.args.StandardRestore(nnx.to_pure_dict(abstract.trained)),
             training=ocp.args.StandardRestore(_training_dict(abstract)),
-            data=grain.checkpoint.CheckpointRestore(iterator),
         )
         frozen = nnx.to_pure_dict(abstract.frozen)
         try:
             restored = self._manager.restore(step, args=items)
+            iterator.set_state(agree(lambda: _place_in_data(Path(self._manager.directory) / str(step) / "data")))
             if jax.tree.leaves(frozen):
                 with ocp.StandardCheckpointer() as checkpointer:
                     frozen = checkpointer.restore(self._frozen / "model", frozen)
@@ -194,6 +197,11 @@ class Checkpoints:
                 f"checkpoint {folder} could not be saved ({_reason(error)}): mend that and give the command again, "
                 f"which goes on from {place}."
             ) from error
+
+
+def _place_in_data(folder: Path) -> Any:
+    """What the iterators of all processes that saved a checkpoint said, as one."""
+    return join_states(json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("process_*-of-*.json")))
 
 
 def _set_damaged_aside(run_dir: Path) -> int | None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gemma4_jax import processes
 from gemma4_jax.batch import Batch
-from gemma4_jax.data.iterator import TrainIterator, read_counters
+from gemma4_jax.data.iterator import TrainIterator, add_counters, read_counters
 from gemma4_jax.data.pipeline import make_train_iterator
 from gemma4_jax.data.tally import left_out_sentences
 from gemma4_jax.errors import InputError
@@ -196,7 +196,7 @@ class _Run:
             "peak_rss_bytes": _peak_rss_bytes(),
             "wall_seconds": time.perf_counter() - started,
             "parameters": _count(self.state.model),
-            "data": read_counters(self.iterator),
+            "data": add_counters(processes.gather(read_counters(self.iterator))),
         }
         if self.log is not None:
             self.log.close()
@@ -262,16 +262,19 @@ class _Run:
 
     def _not_sane(self, record: dict[str, Any]) -> InputError:
         step, rate = record["step"], self.config.optimizer.learning_rate
+        loads = enumerate(record.get("expert_load", ()))
+        layer = next((layer for layer, load in loads if not math.isfinite(sum(load))), None)
+        where = "" if layer is None else f", first in the router of layer {layer},"
         if not math.isfinite(record["loss"]) and step == 1:
             return InputError(
-                "the loss is not a number before anything was trained: begin from other parameters (init), or give "
-                f"more than train.compute_dtype={self.config.train.compute_dtype!r}, such as 'float32'."
+                f"the loss is not a number before anything was trained{where.rstrip(',')}: begin from other parameters "
+                f"(init), or give more than train.compute_dtype={self.config.train.compute_dtype!r}, such as 'float32'."
             )
         is_number = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
         what = (
             "update is larger than float32 can add to the parameters"
             if is_number
-            else "loss or its gradient is not a number"
+            else f"loss or its gradient is not a number{where}"
         )
         saved = self.interruption.saved_step
         from_there = (

@@ -148,7 +148,7 @@ class MetricsLog:
         for name, value in record.items():
             if isinstance(value, int | float) and name not in ("step", "steps"):
                 self._writer.add_scalar(f"{group}/{name.removeprefix(f'{group}_')}", value, record["step"])
-        if "expert_load" in record:
+        if finite.get("expert_load"):
             load = np.array(record["expert_load"])
             self._writer.add_scalar("train/expert_load_max", float(load.max() * load.shape[-1]), record["step"])
         self._writer.flush()
@@ -161,7 +161,7 @@ class MetricsLog:
 
 
 def _is_not_a_number(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    return isinstance(value, float | list) and not np.isfinite(value).all()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ def _fault(record: Any) -> str:
     if type(record.get("step")) is not int:
         return "step is not a whole number"
     for name, value in record.items():
-        is_right = np.ndim(value) == 2 if name == "expert_load" else _is_number(value) or value is None
+        is_right = value is None or (np.ndim(value) == 2 if name == "expert_load" else _is_number(value))
         if not is_right:
             return f"{name} is {value!r:.40}"
     if "loss" in record and (missing := [name for name in MEASURED if not _is_number(record.get(name))]):

@@ -9,12 +9,14 @@ from jax.sharding import Mesh
 
 from gemma4_jax.batch import FIELDS, Batch
 from gemma4_jax.data.pack import RowShape
+from gemma4_jax.model import attention_shapes
+from gemma4_jax.ops.attention import check_policy
 from gemma4_jax.run_config import RunConfig, check_mesh
 from gemma4_jax.sharding import batch_sharding
 from gemma4_jax.train.objectives import Objective
 from gemma4_jax.train.objectives.sft import sft
 from gemma4_jax.train.optimizer import make_optimizer
-from gemma4_jax.train.state import TrainState, abstract_state, shardings_of
+from gemma4_jax.train.state import TrainState, abstract_state, kernel_policy, shardings_of
 from gemma4_jax.train.step import make_eval_step, make_train_step
 
 
@@ -77,6 +79,7 @@ def make_program(config: RunConfig, mesh: Mesh, objective: Objective | None = No
     """
     config = resolve(config, mesh)
     row = RowShape.from_config(config.data, config.model)
+    check_policy(kernel_policy(config, mesh), attention_shapes(config.model, tokens=row.tokens, patches=row.patches))
     graphdef, state = abstract_state(config, mesh, unreached=unreached(row))
     shardings = shardings_of(state)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)

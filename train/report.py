@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma4_jax.data.charts import heat_map, line_chart
 from gemma4_jax.data.figures import duration, memory, number
 from gemma4_jax.data.images import image_element
 from gemma4_jax.data.tally import LEFT_OUT
 from gemma4_jax.files import write_atomically
-from gemma4_jax.train.charts import heat_map, line_chart
 from gemma4_jax.train.evaluators.answers import Reading
 
 _MAX_COLUMNS = 120

@@ -20,19 +20,20 @@ from typing import Any
 
 import jax
 
+from gemma4_jax.data.chat_templates import plain_template_of
 from gemma4_jax.errors import InputError
 from gemma4_jax.fields import to_dict
 from gemma4_jax.files import local_path, write_atomically
 from gemma4_jax.hf.processor import CARRIED_FILES
 from gemma4_jax.hf.save import TOKENIZER
 from gemma4_jax.processes import agree, is_first, led_by_first
-from gemma4_jax.run_config import InitConfig, RunConfig
+from gemma4_jax.run_config import RunConfig
 from gemma4_jax.tokenizer import Tokenizer
 
 MAY_CHANGE = (
-    "run_dir", "name", "mesh", "data.sources.*.path", "data.sources.*.options.files", "data.max_left_out",
-    "data.allow_changes", "train.num_steps", "train.attention", "train.experts", "train.remat", "checkpoint",
-    "evaluators", "log", "export",
+    "run_dir", "name", "mesh", "data.sources.*.path", "data.sources.*.options.files", "data.num_workers",
+    "data.max_left_out", "data.allow_changes", "train.num_steps", "train.attention", "train.experts",
+    "train.expert_exchange", "train.remat", "checkpoint", "evaluators", "log", "export",
 )  # fmt: skip
 """Fields, and sections, that may differ from one start of a run to the next.
 
@@ -98,7 +99,7 @@ def _write_run_dir(config: RunConfig, tokenizer: Tokenizer, run_dir: Path) -> No
         if saved.exists():
             _check_same_run(run_dir, json.loads(saved.read_text("utf-8")), given)
         if not saved.exists() or not (run_dir / TOKENIZER).is_file():
-            _carry_tokenizer(tokenizer, config.init, run_dir)
+            _carry_tokenizer(tokenizer, config, run_dir)
         write_atomically(saved, json.dumps(given, indent=2) + "\n")
         write_atomically(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
     except OSError as error:
@@ -111,8 +112,12 @@ def _write_run_dir(config: RunConfig, tokenizer: Tokenizer, run_dir: Path) -> No
         ) from error
 
 
-def _carry_tokenizer(tokenizer: Tokenizer, init: InitConfig, run_dir: Path) -> None:
-    """Copies tokenizer.json, and what lies beside it or, with the same tokenizer, beside the weights to begin from."""
+def _carry_tokenizer(tokenizer: Tokenizer, config: RunConfig, run_dir: Path) -> None:
+    """Copies tokenizer.json, and what lies beside it or, with the same tokenizer, beside the weights to begin from.
+
+    The chat template is the one that the run trains with.
+    """
+    init = config.init
     content = tokenizer.path.read_bytes()
     folders = [tokenizer.path.parent]
     folders += [local_path(init.from_hf)] if init.from_hf else []
@@ -123,6 +128,8 @@ def _carry_tokenizer(tokenizer: Tokenizer, init: InitConfig, run_dir: Path) -> N
         if same == tokenizer.path or (same.is_file() and same.read_bytes() == content):
             found = [folder / name for name in CARRIED_FILES if (folder / name).is_file()]
             beside = {file.name: file.read_bytes() for file in found} | beside
+    if (template := plain_template_of(config.data, tokenizer)) is not None:
+        beside["chat_template.jinja"] = template.encode()
     target = run_dir / TOKENIZER
     target.parent.mkdir(exist_ok=True)
     for name, copied in beside.items():

@@ -42,6 +42,12 @@ class TrainState:
         return nnx.merge_state(self.trained, self.frozen)
 
 
+def kernel_policy(config: RunConfig, mesh: Mesh) -> KernelPolicy:
+    """What computes attention and experts of a run, on the platform of the mesh."""
+    train = config.train
+    return KernelPolicy(mesh.devices.flat[0].platform, train.attention, train.experts, train.expert_exchange)
+
+
 def abstract_state(config: RunConfig, mesh: Mesh, *, unreached: Collection[str]) -> tuple[nnx.GraphDef, TrainState]:
     """The model's structure, and a TrainState of jax.ShapeDtypeStructs that carry their shardings.
 
@@ -52,7 +58,7 @@ def abstract_state(config: RunConfig, mesh: Mesh, *, unreached: Collection[str])
     Raises:
       InputError: the groups of parameters are not possible for this model.
     """
-    policy = KernelPolicy(mesh.devices.flat[0].platform, config.train.attention, config.train.experts)
+    policy = kernel_policy(config, mesh)
     model = nnx.eval_shape(lambda: _build(config, jax.random.key(0), policy))
     params, buffers = nnx.split_state(nnx.state(model, (nnx.Param, Buffer)), nnx.Param, Buffer)
     trained, _ = split_trained(params, config.optimizer, unreached=unreached)

@@ -14,9 +14,11 @@ class Source(abc.ABC):
 
     Attributes:
       columns: what every record has, where that is known before one is read; None where it is not.
+      encoding: of records that were prepared, what they were encoded with, see `data.prepared.encoding_of`.
     """
 
     columns: Sequence[str] | None = None
+    encoding: Mapping[str, Any] | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -83,10 +85,34 @@ def _webdataset(path: str) -> Source:
     return WebdatasetSource(path)
 
 
+def _datasets(path: str) -> Source:
+    from gemma4_jax.data.sources.datasets import DatasetsSource
+
+    return DatasetsSource(path)
+
+
+def _arrayrecord(path: str) -> Source:
+    from gemma4_jax.data.sources.array_record import ArrayRecordSource
+
+    return ArrayRecordSource(path)
+
+
+def _text(path: str) -> Source:
+    from gemma4_jax.data.sources.text_files import TextSource
+
+    return TextSource(path)
+
+
 def _tfds(path: str, *, data_dir: str = "") -> Source:
     from gemma4_jax.data.sources.tfds import TfdsSource
 
     return TfdsSource(path, data_dir=data_dir)
+
+
+def _prepared(path: str, split: str) -> Source:
+    from gemma4_jax.data.sources.prepared import PreparedSource
+
+    return PreparedSource(path, split)
 
 
 KINDS: dict[str, Callable[..., Source]] = {
@@ -95,7 +121,11 @@ KINDS: dict[str, Callable[..., Source]] = {
     "jsonl": _jsonl,
     "parquet": _parquet,
     "webdataset": _webdataset,
+    "datasets": _datasets,
+    "arrayrecord": _arrayrecord,
+    "text": _text,
     "tfds": _tfds,
+    "prepared": _prepared,
 }
 """Kind -> what opens a source of it: a class or a function, whose parameters say what it takes.
 

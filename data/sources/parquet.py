@@ -1,17 +1,16 @@
 """Parquet files, as most sets on the hub are: rows by index, read in row groups."""
 
 import importlib
-import os
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemma4_jax.data.sources import Source
-from gemma4_jax.data.sources.files import find_files, find_folder, read_inside
-from gemma4_jax.data.sources.records import files_fingerprint
-from gemma4_jax.errors import InputError
+from gemma4_jax.data.sources.files import File, find_files, find_folder, read_inside
+from gemma4_jax.data.sources.fingerprint import files_fingerprint
+from gemma4_jax.data.sources.remote import RemotePath
+from gemma4_jax.errors import InputError, reason_of
 
 MAX_GROUP_BYTES, MAX_GROUP_ROWS = 2**30, 2**20
 """Of a row group, which is read whole: a file with a larger one is refused."""
@@ -43,10 +42,12 @@ class ParquetSource(Source):
         sizes: list[int] = []
         for number, file in enumerate(self._paths):
             try:
-                metadata = parquet.read_metadata(file)
+                metadata = parquet.read_metadata(_opened(file))
                 columns = metadata.schema.to_arrow_schema().names
+            except InputError:
+                raise
             except Exception as error:  # damaged files end in exceptions of several kinds
-                raise InputError(f"{file} cannot be read as Parquet ({_reason(error)}).") from error
+                raise InputError(f"{file} cannot be read as Parquet ({reason_of(error)}).") from error
             if self.columns is None:
                 self.columns = columns
             elif sorted(columns) != sorted(self.columns):
@@ -85,7 +86,7 @@ class ParquetSource(Source):
         except InputError:
             raise
         except Exception as error:  # damaged files end in exceptions of several kinds
-            raise InputError(f"it cannot be read ({_reason(error)}).") from error
+            raise InputError(f"it cannot be read ({reason_of(error)}).") from error
 
     def fingerprint(self) -> dict[str, Any]:
         return {"kind": "parquet", "documents": len(self), **files_fingerprint(self._paths)}
@@ -99,7 +100,7 @@ class ParquetSource(Source):
 
     def read_file(self, index: int, path: str, what: str) -> bytes:
         number = self._groups[self._locate(index)[0], 0]
-        return read_inside(self._folder or Path(os.path.realpath(self._paths[number].parent)), path, what)
+        return read_inside(self._folder or self._paths[number].parent, path, what)
 
     def _locate(self, index: int) -> tuple[int, int]:
         """(its row group, of those of all files, and its row in that)."""
@@ -110,7 +111,7 @@ class ParquetSource(Source):
         """The rows of a group, kept as long as there is room for them."""
         if group not in self._kept:
             number, inside = self._groups[group].tolist()
-            with _pyarrow_parquet().ParquetFile(self._paths[number]) as file:
+            with _pyarrow_parquet().ParquetFile(_opened(self._paths[number])) as file:
                 self._kept[group] = file.read_row_group(inside, use_threads=False)
             while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > CACHE_BYTES:
                 self._kept.popitem(last=False)
@@ -118,12 +119,16 @@ class ParquetSource(Source):
         return self._kept[group]
 
 
+def _opened(file: File) -> Any:
+    """What pyarrow reads: a path, or a stream without a buffer, for it knows which ranges it needs."""
+    try:
+        return file.open(buffering=0) if isinstance(file, RemotePath) else file
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
+
+
 def _pyarrow_parquet() -> Any:
     try:
         return importlib.import_module("pyarrow.parquet")  # of an extra, and heavy
     except ImportError as error:
         raise InputError("Parquet needs pyarrow: install it, as `gemma4-jax[parquet]` does.") from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.200}".rstrip(".")

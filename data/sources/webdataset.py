@@ -1,40 +1,79 @@
 """WebDataset: tar files in which the files of a sample stand together and differ in what follows their first dot."""
 
 import array
-import json
-import tarfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemma4_jax.data.sources import Source
-from gemma4_jax.data.sources.files import MAX_FILE_BYTES, find_files
-from gemma4_jax.data.sources.records import MAX_RECORD_BYTES, files_fingerprint
+from gemma4_jax.data.sources.files import MAX_FILE_BYTES, File, find_files, read_range
+from gemma4_jax.data.sources.fingerprint import files_fingerprint
+from gemma4_jax.data.sources.index import Column, ColumnWriter, once_found
+from gemma4_jax.data.sources.records import MAX_RECORD_BYTES, parse_json
+from gemma4_jax.data.sources.tar import find_members
 from gemma4_jax.data.sources.unpack import unpacked
 from gemma4_jax.errors import InputError
 
-MAX_FILES, MAX_SAMPLE_FILES = 2**24, 1024
+MAX_FILES, MAX_SAMPLE_FILES = 2**26, 1024
 """Of a source, and of a sample in it."""
 
 MAX_SAMPLE_BYTES = 2**28
 """Of all files of a sample."""
 
-MAX_HEADER_BYTES = 2**16
-"""Of what stands before a file in a tar: a longer name is refused before it is read."""
-
 IMAGES = {"jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff"}
-SOUNDS = {"wav", "flac", "mp3", "ogg"}
+SOUNDS = {"wav", "flac", "mp3", "ogg", "opus"}
 
 
-class _File(NamedTuple):
+class _Member(NamedTuple):
     """A file in a tar: how the sample calls it, where its bytes are."""
 
     field: str
     base: str
     offset: int
     size: int
+
+
+class _Tars(NamedTuple):
+    """What is known of tars, file after file.
+
+    Attributes:
+      readable: the tars themselves.
+      stops: samples up to the end of each.
+      starts: of each sample the number of its first file, and at last the number of files.
+      names, name_stops: of all files, and where each ends.
+      places: of each file where its bytes begin, and how many they are.
+    """
+
+    readable: list[File]
+    stops: list[int]
+    starts: Column
+    names: Column
+    name_stops: Column
+    places: Column
+
+
+@once_found
+def _find_samples(paths: Sequence[File]) -> _Tars:
+    readable = [unpacked(path) for path in paths]
+    names, name_stops = ColumnWriter("names", np.uint8), ColumnWriter("name-stops")
+    places, starts, stops = ColumnWriter("places"), ColumnWriter("samples"), []
+    for path, tar in zip(paths, readable, strict=True):
+        key, keys = None, array.array("q")
+        for name, offset, size in find_members(tar, path):
+            if len(name_stops) == MAX_FILES:
+                raise InputError(f"{path} brings more than the {MAX_FILES} files that are read of a source.")
+            if (now := _key_of(name)) != key:
+                key = now
+                keys.append(hash(now))
+                starts.append(len(name_stops))
+            places.append(offset, size)
+            names.append(*name.encode("utf-8", "surrogateescape"))
+            name_stops.append(len(names))
+        _refuse_parted(tar, path, keys)
+        stops.append(len(starts))
+    starts.append(len(name_stops))
+    return _Tars(readable, stops, starts.close(), names.close(), name_stops.close(), places.close())
 
 
 class WebdatasetSource(Source):
@@ -52,31 +91,10 @@ class WebdatasetSource(Source):
 
     def __init__(self, path: str) -> None:
         self._paths = find_files(path)
-        self._readable = [unpacked(file) for file in self._paths]
-        places, name_stops, starts = array.array("Q"), array.array("Q"), array.array("Q")
-        names, self._stops = bytearray(), []
-        for file, readable in zip(self._paths, self._readable, strict=True):
-            key, seen = None, set()
-            for name, offset, size in _files_in(readable, file):
-                if len(name_stops) == MAX_FILES:
-                    raise InputError(f"{file} brings more than the {MAX_FILES} files that are read of a source.")
-                if (now := _key_of(name)) != key:
-                    if now in seen:
-                        raise InputError(f"{file} has files of the sample {now!r:.100} apart: sort it by name.")
-                    key = now
-                    seen.add(now)
-                    starts.append(len(name_stops))
-                places.extend((offset, size))
-                names += name.encode("utf-8", "surrogateescape")
-                name_stops.append(len(names))
-            self._stops.append(len(starts))
-        self._names = bytes(names)
-        self._name_stops = np.array(name_stops, np.uint64)
-        self._places = np.array(places, np.uint64).reshape(-1, 2)
-        self._starts = np.array([*starts, len(name_stops)], np.uint64)
+        self._tars = _find_samples(self._paths)
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._tars.starts) - 1
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         files = self._files(index)
@@ -92,7 +110,7 @@ class WebdatasetSource(Source):
         return {"kind": "webdataset", "documents": len(self), **files_fingerprint(self._paths)}
 
     def name(self, index: int) -> str:
-        key = _key_of(self._name(int(self._starts[index])))
+        key = _key_of(self._name(int(self._tars.starts.numbers[index])))
         return f"{self._paths[self._tar(index)].name} sample {key}"
 
     def read_file(self, index: int, path: str, what: str) -> bytes:
@@ -102,34 +120,49 @@ class WebdatasetSource(Source):
         raise InputError(f"the {what} {path!r:.100} is not in its sample: put it there, under the key of that.")
 
     def _tar(self, index: int) -> int:
-        return int(np.searchsorted(self._stops, index, side="right"))
+        return int(np.searchsorted(self._tars.stops, index, side="right"))
 
     def _name(self, number: int) -> str:
-        start = int(self._name_stops[number - 1]) if number else 0
-        return self._names[start : int(self._name_stops[number])].decode("utf-8", "surrogateescape")
+        start = int(self._tars.name_stops.numbers[number - 1]) if number else 0
+        name = self._tars.names.numbers[start : int(self._tars.name_stops.numbers[number])]
+        return name.tobytes().decode("utf-8", "surrogateescape")
 
-    def _files(self, index: int) -> list[_File]:
-        start, stop = self._starts[index : index + 2].tolist()
+    def _files(self, index: int) -> list[_Member]:
+        start, stop = self._tars.starts.numbers[index : index + 2].tolist()
         if stop - start > MAX_SAMPLE_FILES:
             raise InputError(f"a sample of {stop - start} files is refused: at most {MAX_SAMPLE_FILES} are read.")
         files = []
         for number in range(start, stop):
             base = self._name(number).rpartition("/")[2]
-            files.append(_File(base.partition(".")[2], base, *self._places[number].tolist()))
+            place = self._tars.places.numbers[2 * number : 2 * number + 2]
+            files.append(_Member(base.partition(".")[2], base, *place.tolist()))
         return files
 
-    def _read(self, index: int, file: _File) -> bytes:
+    def _read(self, index: int, file: _Member) -> bytes:
         if file.size > (limit := MAX_RECORD_BYTES if _kind_of(file) in ("json", "txt") else MAX_FILE_BYTES):
             raise InputError(f"{file.base!r:.100} has {file.size} bytes, and at most {limit} are read.")
         try:
-            with self._readable[self._tar(index)].open("rb") as tar:
-                tar.seek(file.offset)
-                content = tar.read(file.size)
+            content = read_range(self._tars.readable[self._tar(index)], file.offset, file.offset + file.size)
         except OSError as error:
             raise InputError(f"the tar cannot be read: {error.strerror}.") from error
         if len(content) != file.size:
             raise InputError(f"{file.base!r:.100} is not whole: the tar ends in it.")
         return content
+
+
+def _refuse_parted(readable: File, path: File, keys: array.array) -> None:
+    """Refuses a tar with files of a sample apart, whose key so comes twice; keys are known by 64 bits."""
+    hashes = np.sort(np.frombuffer(keys, np.int64))
+    if not (twice := set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())):
+        return
+    key, seen = None, set()
+    for name, _, _ in find_members(readable, path):
+        if (now := _key_of(name)) != key:
+            if now in seen:
+                raise InputError(f"{path} has files of the sample {now!r:.100} apart: sort it by name.")
+            key = now
+            if hash(now) in twice:
+                seen.add(now)
 
 
 def _key_of(name: str) -> str:
@@ -138,11 +171,11 @@ def _key_of(name: str) -> str:
     return f"{folder}{slash}{base.partition('.')[0]}"
 
 
-def _kind_of(file: _File) -> str:
+def _kind_of(file: _Member) -> str:
     return file.field.rpartition(".")[2].lower()
 
 
-def _record(files: list[_File], contents: list[bytes]) -> dict[str, Any]:
+def _record(files: list[_Member], contents: list[bytes]) -> dict[str, Any]:
     """The columns of a sample."""
     said: dict[str, Any] = {}
     others: dict[str, Any] = {}
@@ -150,14 +183,14 @@ def _record(files: list[_File], contents: list[bytes]) -> dict[str, Any]:
         kind = _kind_of(file)
         try:
             if kind == "json":
-                value = json.loads(content)
+                value = parse_json(content)
                 said |= value if isinstance(value, dict) else {file.field: value}
             elif kind in ("txt", "cls"):
                 others["text" if file.field == "txt" else file.field] = content.decode("utf-8")
             elif kind not in IMAGES | SOUNDS:
                 others[file.field] = content
-        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, and endless nesting
-            raise InputError(f"{file.base!r:.100} cannot be read ({error}).") from error
+        except ValueError as error:  # bad UTF-8, and what is wrong with JSON
+            raise InputError(f"{file.base!r:.100} cannot be read ({str(error).rstrip('.')}).") from error
     named = set(_named_files(said))
     for column, kinds in (("image", IMAGES), ("audio", SOUNDS)):
         beside = [
@@ -176,33 +209,3 @@ def _named_files(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _named_files(inner)
-
-
-class _Headers:
-    """A file of which only small parts are read, for a tar says of itself how long its headers are."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int) -> bytes:
-        if size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._file.read(size)
-
-
-def _files_in(readable: Path, path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset of its bytes, their number) of every plain file in a tar; hidden ones are left out."""
-    try:
-        with readable.open("rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
-            for member in tar:
-                tar.members = []  # which it keeps, and which would be all
-                if member.isreg() and not member.issparse() and not member.name.rpartition("/")[2].startswith("."):
-                    yield member.name, member.offset_data, member.size
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # which the library takes for the end
-                raise tarfile.ReadError(f"bad header at {tar.offset}")
-    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-        raise InputError(f"{path} cannot be read as a tar file ({error}): it is damaged, or another format.") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error

@@ -4,13 +4,21 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from gemma4_jax.data.document import Document
+from gemma4_jax.data.document import Document, Pair
+from gemma4_jax.data.example import SizedExample
+from gemma4_jax.data.signatures import parameters_of
 from gemma4_jax.data.tasks.caption import caption
 from gemma4_jax.data.tasks.chat import FORMS, chat
 from gemma4_jax.data.tasks.interleaved import interleaved
+from gemma4_jax.data.tasks.preference import preference
 from gemma4_jax.data.tasks.segments import segments
+from gemma4_jax.data.tasks.speech import speech
 from gemma4_jax.data.tasks.text import text
+from gemma4_jax.data.tasks.video import video
 from gemma4_jax.errors import InputError
+
+TRANSCRIPTS = ("text", "transcript", "transcription", "sentence")
+"""What sets of speech call what is said."""
 
 SHAPES: dict[tuple[str, ...], str] = {
     ("segments",): "segments",
@@ -18,13 +26,18 @@ SHAPES: dict[tuple[str, ...], str] = {
     ("texts", "images"): "interleaved",
     ("image", "text"): "caption",
     ("image", "caption"): "caption",
+    **{("audio", said): "speech" for said in TRANSCRIPTS},
+    ("frames", "text"): "video",
+    ("chosen", "rejected"): "preference",
     ("text",): "text",
 }
 """Columns that a record of a shape has -> its task."""
 
 
-def auto(*, last_turn_only: bool = False, **record: Any) -> Document:
-    """The document of a record whose columns tell what it is: one of `SHAPES`, with any columns beside.
+def auto(*, last_turn_only: bool = False, **record: Any) -> Document | Pair:
+    """The document, or the pair, of a record whose columns tell what it is: one of `SHAPES`, with any columns beside.
+
+    One of prepared data, which is encoded already, is taken as it is.
 
     A text beside a conversation, or beside segments, is what somebody wrote of it, and is not read.
 
@@ -34,16 +47,20 @@ def auto(*, last_turn_only: bool = False, **record: Any) -> Document:
     Raises:
       InputError: it is of no known shape, or of several.
     """
+    if isinstance(record.get("encoded"), SizedExample):
+        return Document((), encoded=record["encoded"])
     given = {name: value for name, value in record.items() if value is not None}
     shapes = [shape for shape in SHAPES if given.keys() >= set(shape)]
     tasks = {SHAPES[shape] for shape in shapes}
     if len(tasks) > 1:
-        tasks -= {"text"}  # an image has a text as well, and sets of instructions their rendering
+        tasks -= {"text"}  # an image or a sound has a text as well, and sets of instructions their rendering
     if tasks == {"interleaved", "chat"} and isinstance(given["texts"], list):
         is_chat = any(isinstance(text, Mapping) for text in given["texts"])
         tasks = {"chat"} if is_chat else {"interleaved"}
-    if tasks == {"caption", "chat"}:
-        tasks = {"chat"}  # its image and its rendering
+    if "chat" in tasks:
+        tasks -= {"caption", "speech"}  # its image or its sound, and its rendering
+    if "preference" in tasks:
+        tasks = {"preference"}  # and what stands beside is one of the answers, or of both
     if len(tasks) != 1:
         raise InputError(_refusal(given, sorted(tasks)))
     match tasks.pop():
@@ -53,6 +70,14 @@ def auto(*, last_turn_only: bool = False, **record: Any) -> Document:
             return chat(last_turn_only=last_turn_only, **given)
         case "interleaved":
             return interleaved(given["texts"], given["images"])
+        case "speech":
+            said = next(given[name] for name in TRANSCRIPTS if name in given)
+            return speech(given["audio"], said, given.get("prompt", ""))
+        case "video":
+            beside = {name: given[name] for name in ("fps", "timestamps", "prompt") if name in given}
+            return video(given["frames"], given["text"], **beside)
+        case "preference":
+            return preference(**{name: given[name] for name in parameters_of(preference) if name in given})
         case "caption":
             return caption(given["image"], given.get("text", given.get("caption")), given.get("prompt", ""))
         case _:

@@ -1,9 +1,10 @@
-"""Our own shape of a record, text and images in any order:
+"""Our own shape of a record, text, images and sounds in any order:
 
     {"segments": [{"image": "cat.png"}, {"text": "What is this? ", "loss": false}, {"text": "A cat.\\n"}]}
     {"text": "A document of text alone; short for one text segment."}
 
 A text segment carries loss unless it says `"loss": false`. An image may bring its own budget: `"max_soft_tokens": 140`.
+A sound is `{"audio": "cat.flac"}`.
 """
 
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from gemma4_jax.data.document import Document, Image, Text
-from gemma4_jax.data.tasks.media import as_image
+from gemma4_jax.data.document import Document, Image, Sound, Text
+from gemma4_jax.data.tasks.media import as_image, as_sound
 from gemma4_jax.errors import InputError
 
 
@@ -26,7 +27,7 @@ def segments(**record: Any) -> Document:
     raise InputError('a record must be {"text": TEXT} or {"segments": [SEGMENT, ...]}, with nothing else.')
 
 
-def _segment(segment: Any) -> Text | Image:
+def _segment(segment: Any) -> Text | Image | Sound:
     match segment:
         case {"text": str(text)} if segment.keys() <= {"text", "loss"}:
             loss = segment.get("loss", True)
@@ -35,9 +36,11 @@ def _segment(segment: Any) -> Text | Image:
         case {"image": str() | bytes() | np.ndarray() | PIL.Image.Image()} if segment.keys() <= _IMAGE_FIELDS:
             image = as_image(segment["image"])
             return Image(image.content, segment.get("max_soft_tokens"), image.name)
+        case {"audio": str() | bytes() | np.ndarray()} if len(segment) == 1:
+            return as_sound(segment["audio"])
     raise InputError(
-        'a segment must be {"text": TEXT, "loss": true or false} or {"image": PATH, "max_soft_tokens": NUMBER}; '
-        "loss and max_soft_tokens may be left out."
+        'a segment must be {"text": TEXT, "loss": true or false}, {"image": PATH, "max_soft_tokens": NUMBER} or '
+        '{"audio": PATH}; loss and max_soft_tokens may be left out.'
     )
 
 

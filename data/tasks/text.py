@@ -1,5 +1,6 @@
 """A column of text."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ def as_text(value: Any) -> str:
     """
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if isinstance(value, str | int | float | np.number) and not isinstance(value, bool):
+    is_finite = not isinstance(value, float | np.floating) or math.isfinite(value)
+    if isinstance(value, str | int | float | np.number) and not isinstance(value, bool) and is_finite:
         return str(value)
     raise InputError(f"text cannot be {value!r:.100}: give a string, UTF-8 or a number.")

@@ -8,13 +8,12 @@ RUN_DIR/frozen, what all checkpoints of a run share, has one too.
 import json
 import os
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma4_jax.errors import InputError
-from gemma4_jax.files import write_atomically
+from gemma4_jax.files import checksum, write_atomically
 
 CHECKSUMS = "checksums.json"
 """The file in the folder of a checkpoint with sizes and checksums of the others."""
@@ -22,7 +21,6 @@ CHECKSUMS = "checksums.json"
 FROZEN = "frozen"
 """The folder in a run directory with what all its checkpoints share."""
 
-_PIECE_BYTES = 1 << 22
 _NUM_THREADS = 4
 _MAX_LIST_BYTES = 1 << 28
 
@@ -84,7 +82,7 @@ def verify(folder: Path) -> Verdict:
             return Verdict(f"{name} is missing")
         if sizes[name] != size:
             return Verdict(f"{name} has {sizes[name]:,} bytes of {size:,}")
-    wanted = {name: checksum for name, (_, checksum) in written.items() if checksum is not None}
+    wanted = {name: crc for name, (_, crc) in written.items() if crc is not None}
     try:
         found = _checksums(folder, wanted)
     except OSError as error:
@@ -137,8 +135,8 @@ def _read_list(path: Path) -> dict[str, tuple[int, int | None]]:
         entries = {name: (entry["bytes"], entry["crc32"]) for name, entry in files.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError("it is not a list of checksums") from error
-    for size, checksum in entries.values():
-        if type(size) is not int or not (checksum is None or type(checksum) is int):
+    for size, crc in entries.values():
+        if type(size) is not int or not (crc is None or type(crc) is int):
             raise ValueError("it is not a list of checksums")
     return entries
 
@@ -152,15 +150,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _checksums(folder: Path, names: Any) -> dict[str, int]:
     """File -> its CRC-32; zlib lets go of the interpreter, so threads share the work and training goes on."""
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        return dict(zip(names, threads.map(lambda name: _checksum(folder / name), names), strict=True))
-
-
-def _checksum(path: Path) -> int:
-    checksum, piece = 0, memoryview(bytearray(_PIECE_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while num_bytes := file.readinto(piece):
-            checksum = zlib.crc32(piece[:num_bytes], checksum)
-    return checksum
+        return dict(zip(names, threads.map(lambda name: checksum(folder / name), names), strict=True))
 
 
 def _reason(error: Exception) -> str:

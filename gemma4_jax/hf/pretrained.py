@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from gemma4_jax.chat import ChatTemplate
+from gemma4_jax.chat import ChatTemplate, template_source
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.data.processor import Processor
 from gemma4_jax.errors import InputError
@@ -113,7 +113,7 @@ def load_processor(folder: Path, config: Gemma4Config) -> Processor:
             f"{folder}: the special tokens of tokenizer.json are {tokenizer.tokens}, and those of config.json "
             f"{config.tokens}: these files are not of one model."
         )
-    source = _chat_template(folder)
+    source = template_source(folder)
     return Processor(
         tokenizer,
         config.vision,
@@ -140,17 +140,6 @@ def _stored_dtype(checkpoint: Checkpoint) -> str:
     """The narrower dtype only if no tensor would lose by it."""
     kinds = {file.tensors[name].dtype for name, file in checkpoint.files.items()}
     return "bfloat16" if kinds == {"BF16"} else "float32"
-
-
-def _chat_template(folder: Path) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} cannot be read: {error}.") from error
-    source = _optional_json(folder / "tokenizer_config.json").get("chat_template")
-    return source if isinstance(source, str) else None
 
 
 def _soft_tokens(folder: Path, config: Gemma4Config) -> int:

@@ -55,7 +55,9 @@ def token_log_probs(hidden: jax.Array, head: Head, targets: jax.Array, *, chunk:
     return _from_chunks(log_probs, targets.shape, chunk)
 
 
-def total_log_prob(hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array, *, chunk: int) -> jax.Array:
+def total_log_prob(
+    hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array, *, chunk: int, z_weight: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
     """The sum of weights * `token_log_probs`, where it is what is differentiated: logits are made once.
 
     The weights are known before the backward pass, so the forward pass of a gradient computes that of each chunk while
@@ -64,11 +66,15 @@ def total_log_prob(hidden: jax.Array, head: Head, targets: jax.Array, weights: j
     Args:
       hidden, head, targets, chunk: as in `token_log_probs`.
       weights: [B, T] float32.
+      z_weight: of the z-loss, the squared log-sum-exp of a position's logits, which keeps them from drifting.
     Returns:
-      scalar float32.
+      (the sum of weights * (log probability - z_weight * z-loss), the sum of weights * z-loss, which has no gradient of
+      its own), scalars float32.
+    Source: the z-loss is that of Chowdhery et al. 2022 (arXiv:2204.02311), section 5.
     """
     in_chunks = (_in_chunks(x, chunk) for x in (targets, weights))
-    return _total(_in_chunks(hidden, chunk), head.table, *in_chunks, head.cap)
+    total, z_loss = _total(_in_chunks(hidden, chunk), head.table, *in_chunks, head.cap, z_weight)
+    return total, jax.lax.stop_gradient(z_loss)
 
 
 def likeliest_tokens(hidden: jax.Array, head: Head, *, chunk: int) -> jax.Array:
@@ -109,25 +115,52 @@ def _in_float32(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
-def _score_chunk(logits: jax.Array, targets: jax.Array, cap: float) -> tuple[jax.Array, jax.Array]:
-    """[R, V] logits and [R] targets -> ([R] log probabilities, [R] log-sum-exp)."""
+def _soft_cap(raw: jax.Array, cap: float) -> tuple[jax.Array, jax.Array]:
+    """[R, V] logits before the cap -> (logits behind it, its slope there)."""
+    if not cap:
+        return raw, jnp.ones(())
+    bent = jnp.tanh(raw / cap)
+    return cap * bent, 1 - bent**2
+
+
+class _Scores(NamedTuple):
+    """What the logits of a chunk of R tokens come to.
+
+    Attributes:
+      log_probs: [R], of the targets.
+      log_sum: [R], log-sum-exp.
+      exponentials: [R, V], of the logits less what keeps them finite.
+      total: [R], their sum.
+    """
+
+    log_probs: jax.Array
+    log_sum: jax.Array
+    exponentials: jax.Array
+    total: jax.Array
+
+
+def _score_chunk(logits: jax.Array, targets: jax.Array, cap: float) -> _Scores:
+    """Of [R, V] logits and [R] targets."""
     # What is subtracted before the exponential keeps it finite; where the cap does, nobody looks for the largest.
     largest = jnp.float32(cap) if 0 < cap <= _SAFE_CAP else jnp.max(logits, axis=-1)
-    log_sum = largest + jnp.log(jnp.sum(jnp.exp(logits - jnp.expand_dims(largest, -1)), axis=-1))
-    return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_sum, log_sum
+    exponentials = jnp.exp(logits - jnp.expand_dims(largest, -1))
+    total = jnp.sum(exponentials, axis=-1)
+    log_sum = largest + jnp.log(total)
+    of_targets = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return _Scores(of_targets - log_sum, log_sum, exponentials, total)
 
 
 def _differentiate_chunk(
-    raw: jax.Array, hidden: jax.Array, table: jax.Array, targets: jax.Array, log_sum: jax.Array, gradient: jax.Array,
-    cap: float,
+    of_targets: jax.Array, of_exponentials: jax.Array, exponentials: jax.Array, slope: jax.Array, targets: jax.Array,
+    hidden: jax.Array, table: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Gradients ([R, D], [V, D] float32) from [R, V] logits before the cap and [R] gradients of log probabilities."""
-    logits, slope = raw, jnp.ones(())
-    if cap:
-        bent = jnp.tanh(raw / cap)
-        logits, slope = cap * bent, 1 - bent**2
+    """Gradients ([R, D], [V, D] float32) of hidden states and table.
+
+    The gradient of a logit behind the cap is of_targets [R] where it is the target's, and of_exponentials [R] times
+    its exponential [R, V]; `slope` is that of the cap.
+    """
     is_target = targets[:, None] == jnp.arange(table.shape[0])
-    of_logits = (is_target - jnp.exp(logits - log_sum[:, None])) * gradient[:, None] * slope
+    of_logits = (is_target * of_targets[:, None] + exponentials * of_exponentials[:, None]) * slope
     of_logits = of_logits.astype(hidden.dtype)
     return of_logits @ table, _in_float32("rv,rd->vd", of_logits, hidden)
 
@@ -141,7 +174,7 @@ def _log_probs(hidden: jax.Array, table: jax.Array, targets: jax.Array, cap: flo
 def _log_probs_forward(hidden: jax.Array, table: jax.Array, targets: jax.Array, cap: float) -> tuple[jax.Array, tuple]:
     def of_chunk(scanned: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, targets = scanned
-        return _score_chunk(vocabulary_logits(hidden, Head(table, cap)), targets, cap)
+        return _score_chunk(vocabulary_logits(hidden, Head(table, cap)), targets, cap)[:2]
 
     log_probs, log_sum = jax.lax.map(of_chunk, (hidden, targets))
     return log_probs, (hidden, table, targets, log_sum)
@@ -153,8 +186,9 @@ def _log_probs_backward(cap: float, saved: tuple, gradient: jax.Array) -> tuple:
 
     def of_chunk(sum_of_table: jax.Array, scanned: tuple) -> tuple[jax.Array, jax.Array]:
         hidden, targets, log_sum, gradient = scanned
-        raw = _in_float32("rd,vd->rv", hidden, weight)
-        of_hidden, of_table = _differentiate_chunk(raw, hidden, weight, targets, log_sum, gradient, cap)
+        logits, slope = _soft_cap(_in_float32("rd,vd->rv", hidden, weight), cap)
+        probs = jnp.exp(logits - log_sum[:, None])
+        of_hidden, of_table = _differentiate_chunk(gradient, -gradient, probs, slope, targets, hidden, weight)
         return sum_of_table + of_table, of_hidden
 
     zeros = jnp.zeros(table.shape, jnp.float32)
@@ -165,34 +199,48 @@ def _log_probs_backward(cap: float, saved: tuple, gradient: jax.Array) -> tuple:
 _log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _total(hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, cap: float) -> jax.Array:
-    """As `_log_probs`, with [chunks, R] weights -> scalar."""
-    return jnp.sum(weights * _log_probs(hidden, table, targets, cap))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _total(
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, cap: float, z_weight: float
+) -> tuple[jax.Array, jax.Array]:
+    """As `_log_probs`, with [chunks, R] weights -> the two sums of `total_log_prob`."""
+    log_probs, (*_, log_sum) = _log_probs_forward(hidden, table, targets, cap)
+    return _sums(log_probs, log_sum, weights, z_weight)
+
+
+def _sums(log_probs: jax.Array, log_sum: jax.Array, weights: jax.Array, z_weight: float) -> tuple[jax.Array, jax.Array]:
+    z_loss = jnp.sum(weights * log_sum**2)
+    return jnp.sum(weights * log_probs) - z_weight * z_loss, z_loss
 
 
 def _total_forward(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, cap: float
-) -> tuple[jax.Array, tuple]:
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, cap: float, z_weight: float
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     weight = table.astype(hidden.dtype)
 
     def of_chunk(sum_of_table: jax.Array, scanned: tuple) -> tuple[jax.Array, tuple]:
         hidden, targets, weights = scanned
-        raw = _in_float32("rd,vd->rv", hidden, weight)
-        log_probs, log_sum = _score_chunk(cap * jnp.tanh(raw / cap) if cap else raw, targets, cap)
-        of_hidden, of_table = _differentiate_chunk(raw, hidden, weight, targets, log_sum, weights, cap)
-        return sum_of_table + of_table, (log_probs, of_hidden)
+        logits, slope = _soft_cap(_in_float32("rd,vd->rv", hidden, weight), cap)
+        log_probs, log_sum, exponentials, total = _score_chunk(logits, targets, cap)
+        of_exponentials = -weights * (1 + 2 * z_weight * log_sum) / total
+        of_hidden, of_table = _differentiate_chunk(
+            weights, of_exponentials, exponentials, slope, targets, hidden, weight
+        )
+        return sum_of_table + of_table, (log_probs, log_sum, of_hidden)
 
     zeros = jnp.zeros(table.shape, jnp.float32)
-    of_table, (log_probs, of_hidden) = jax.lax.scan(of_chunk, zeros, (hidden, targets, weights))
-    return jnp.sum(weights * log_probs), (of_hidden, of_table.astype(table.dtype), targets, log_probs)
+    of_table, (log_probs, log_sum, of_hidden) = jax.lax.scan(of_chunk, zeros, (hidden, targets, weights))
+    of_weights = log_probs - z_weight * log_sum**2
+    saved = of_hidden, of_table.astype(table.dtype), targets, of_weights
+    return _sums(log_probs, log_sum, weights, z_weight), saved
 
 
-def _total_backward(cap: float, saved: tuple, gradient: jax.Array) -> tuple:
-    of_hidden, of_table, targets, log_probs = saved
+def _total_backward(cap: float, z_weight: float, saved: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
+    of_hidden, of_table, targets, of_weights = saved
+    gradient, _ = gradients
     scale = gradient.astype(of_hidden.dtype), gradient.astype(of_table.dtype)
     no_gradient = np.zeros(targets.shape, jax.dtypes.float0)
-    return scale[0] * of_hidden, scale[1] * of_table, no_gradient, gradient * log_probs
+    return scale[0] * of_hidden, scale[1] * of_table, no_gradient, gradient * of_weights
 
 
 _total.defvjp(_total_forward, _total_backward)

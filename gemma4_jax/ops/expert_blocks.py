@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_jax.ops.grouped import block_size, multiply, sort_by_group, to_bits, to_float32, visit_blocks
+from gemma4_jax.ops.grouped import BLOCKS, from_bits, multiply, sort_by_group, to_bits, to_float32, visit_blocks
 
 
 def activate(wide: jax.Array) -> jax.Array:
@@ -39,28 +39,24 @@ def _experts(
     return _forward(x, weights, gate_up, down, order, sizes)[0]
 
 
-def _by_block(
-    weights: jax.Array, order: jax.Array, sizes: jax.Array, block: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(token of each sorted choice [R + block], its weight [R + block], end of each expert's choices [E])."""
+def _by_expert(weights: jax.Array, order: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(token of each sorted choice, its weight, end of each expert's choices [E]); the last block has room."""
     num_tokens, num_choices = weights.shape
-    token = jnp.pad(order // num_choices, (0, block), constant_values=num_tokens)
-    return token, jnp.pad(weights.reshape(-1)[order], (0, block)), jnp.cumsum(sizes)
+    token = jnp.pad(order // num_choices, (0, BLOCKS[-1]), constant_values=num_tokens)
+    return token, jnp.pad(weights.reshape(-1)[order], (0, BLOCKS[-1])), jnp.cumsum(sizes)
 
 
 def _forward(
     x: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, order: jax.Array, sizes: jax.Array
 ) -> tuple[jax.Array, tuple]:
-    block = block_size(len(order), len(sizes))
-    token, weight, ends = _by_block(weights, order, sizes, block)
-
+    token, weight, ends = _by_expert(weights, order, sizes)
     (x_float32,) = to_float32(x)
 
     def visit_expert(carry: tuple, expert: tuple) -> tuple[tuple, None]:
         gate_up, down, size, end = expert
-        gate_up, down = to_float32(*(jax.lax.bitcast_convert_type(bits, x.dtype) for bits in (gate_up, down)))
+        gate_up, down = to_float32(*(from_bits(bits, x.dtype) for bits in (gate_up, down)))
 
-        def visit(at: jax.Array, carry: tuple) -> tuple:
+        def visit(at: jax.Array, block: int, carry: tuple) -> tuple:
             out, wide = carry
             own = _own_tokens(token, at, end, block, len(x))
             product = multiply(_take(x_float32, own), gate_up, (1, 0))
@@ -69,7 +65,7 @@ def _forward(
             # What fills the block is written over by the next expert.
             return out, jax.lax.dynamic_update_slice_in_dim(wide, to_bits(product.astype(x.dtype)), at, 0)
 
-        return visit_blocks(end - size, end, block, visit, carry), None
+        return visit_blocks(end - size, end, visit, carry, num_rows=len(order)), None
 
     nothing = jnp.zeros(x.shape, jnp.float32), to_bits(jnp.zeros((len(token), gate_up.shape[2]), x.dtype))
     (out, wide), _ = jax.lax.scan(visit_expert, nothing, (to_bits(gate_up), to_bits(down), sizes, ends))
@@ -78,20 +74,18 @@ def _forward(
 
 def _backward(saved: tuple, gradient: jax.Array) -> tuple:
     x, weights, gate_up, down, order, sizes, wide = saved
-    block = block_size(len(order), len(sizes))
-    token, weight, ends = _by_block(weights, order, sizes, block)
-
+    token, weight, ends = _by_expert(weights, order, sizes)
     x_float32, gradient = to_float32(x, gradient)
 
     def visit_expert(carry: tuple, expert: tuple) -> tuple[tuple, tuple]:
         gate_up, down, size, end = expert
-        gate_up, down = to_float32(*(jax.lax.bitcast_convert_type(bits, x.dtype) for bits in (gate_up, down)))
+        gate_up, down = to_float32(*(from_bits(bits, x.dtype) for bits in (gate_up, down)))
 
-        def visit(at: jax.Array, carry: tuple) -> tuple:
+        def visit(at: jax.Array, block: int, carry: tuple) -> tuple:
             to_x, to_weight, to_gate_up, to_down = carry
             own = _own_tokens(token, at, end, block, len(x))
             is_own = (own < len(x))[:, None]
-            product = jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(wide, at, block), x.dtype)
+            product = from_bits(jax.lax.dynamic_slice_in_dim(wide, at, block), x.dtype)
             product = jnp.where(is_own, product, 0)
             share = jnp.where(is_own, jax.lax.dynamic_slice_in_dim(weight, at, block)[:, None], 0)
             hidden, pull = jax.vjp(activate, product.astype(jnp.float32))
@@ -107,12 +101,12 @@ def _backward(saved: tuple, gradient: jax.Array) -> tuple:
             )
 
         nothing = (jnp.zeros(matrix.shape, jnp.float32) for matrix in (gate_up, down))
-        *carry, to_gate_up, to_down = visit_blocks(end - size, end, block, visit, (*carry, *nothing))
+        *carry, to_gate_up, to_down = visit_blocks(end - size, end, visit, (*carry, *nothing), num_rows=len(order))
         return tuple(carry), (to_bits(to_gate_up.astype(x.dtype)), to_bits(to_down.astype(x.dtype)))
 
     nothing = jnp.zeros(x.shape, jnp.float32), jnp.zeros(len(token), jnp.float32)
     (to_x, to_weight), to_matrices = jax.lax.scan(visit_expert, nothing, (to_bits(gate_up), to_bits(down), sizes, ends))
-    to_gate_up, to_down = (jax.lax.bitcast_convert_type(bits, x.dtype) for bits in to_matrices)
+    to_gate_up, to_down = (from_bits(bits, x.dtype) for bits in to_matrices)
     to_weight = jnp.where(jnp.arange(len(order)) < ends[-1], to_weight[: len(order)], 0)
     to_weights = (
         jnp.zeros(len(order), weights.dtype).at[order].set(to_weight.astype(weights.dtype), unique_indices=True)

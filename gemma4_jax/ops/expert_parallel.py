@@ -6,19 +6,22 @@ Dropless: every token reaches every expert it chose, whatever the load.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gemma4_jax.errors import InputError
 from gemma4_jax.ops.expert_blocks import activate, block_experts
+from gemma4_jax.ops.expert_exchange import EXCHANGES, NOBODY
 from gemma4_jax.ops.grouped import grouped, sort_by_group
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import BATCH_AXES
 
-NOBODY = -(2**30)
-"""A choice that is of no expert, on any shard."""
+PIECE = 1.5
+"""Choices that a shard works through at once, relative to those it has where all shards have the same."""
 
 
 def dense_experts(
@@ -49,19 +52,73 @@ def grouped_experts(
 ) -> jax.Array:
     """Tokens sorted by expert, then two grouped matmuls over the sorted rows. Arguments as in `dense_experts`.
 
+    Where experts are spread over shards, most choices are of others' experts, and only the routing knows how many. The
+    own ones sort to the front and are worked through in pieces of PIECE times their mean number: as a rule there is
+    one. What further pieces keep for the backward pass is computed again there.
+
     Args:
       implementation: of the grouped matmul, a key of `ops.grouped.IMPLEMENTATIONS`.
     """
     num_experts, embed_dim = gate_up.shape[:2]
-    num_tokens, num_choices = choices.shape
     order, sizes = sort_by_group(choices.reshape(-1), num_experts)
-    token = order // num_choices
-    multiply = functools.partial(grouped, group_sizes=sizes, implementation=implementation)
+    piece = min(math.ceil(PIECE * len(order) / num_expert_shards()), len(order))
+    matrices = gate_up.reshape(num_experts, embed_dim, -1).astype(x.dtype), down.astype(x.dtype)
+    return _in_pieces((x, weights, *matrices), order, sizes, piece, implementation)
+
+
+def num_expert_shards() -> int:
+    """Shards of the `expert` axis; 1 outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["expert"]
+
+
+def _piece(
+    index: Any, operands: tuple, order: jax.Array, sizes: jax.Array, piece: int, implementation: str
+) -> jax.Array:
+    """[M, D] float32, what the choices of one piece add to the tokens."""
+    x, weights, gate_up, down = operands
+    start, ends = index * piece, jnp.cumsum(sizes)
+    first, last = (jnp.clip(place, start, start + piece) for place in (ends - sizes, ends))
+    # The last piece may be shorter: what is behind its end belongs to no group.
+    choice = jax.lax.dynamic_slice_in_dim(jnp.pad(order, (0, -len(order) % piece)), start, piece)
+    token = choice // weights.shape[1]
+    multiply = functools.partial(grouped, group_sizes=last - first, implementation=implementation)
     # A token's C gradients are added in float32, and so are the results of its C experts.
-    rows = x.astype(jnp.float32)[token].astype(x.dtype)
-    wide = multiply(rows, gate_up.reshape(num_experts, embed_dim, -1).astype(x.dtype))
-    out = multiply(activate(wide), down.astype(x.dtype)) * weights.reshape(-1)[order][:, None]
-    return jnp.zeros((num_tokens, embed_dim), jnp.float32).at[token].add(out).astype(x.dtype)
+    wide = multiply(x.astype(jnp.float32)[token].astype(x.dtype), gate_up)
+    out = multiply(activate(wide), down) * weights.reshape(-1)[choice][:, None]
+    return jnp.zeros(x.shape, jnp.float32).at[token].add(out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _in_pieces(operands: tuple, order: jax.Array, sizes: jax.Array, piece: int, implementation: str) -> jax.Array:
+    return _pieces_forward(operands, order, sizes, piece, implementation)[0]
+
+
+def _pieces_forward(
+    operands: tuple, order: jax.Array, sizes: jax.Array, piece: int, implementation: str
+) -> tuple[jax.Array, tuple]:
+    def add(index: jax.Array, total: jax.Array) -> jax.Array:
+        return total + _piece(index, operands, order, sizes, piece, implementation)
+
+    first, pull = jax.vjp(lambda operands: _piece(0, operands, order, sizes, piece, implementation), operands)
+    out = first if piece == len(order) else jax.lax.fori_loop(1, -(-jnp.sum(sizes) // piece), add, first)
+    return out.astype(operands[0].dtype), (pull, operands, order, sizes)
+
+
+def _pieces_backward(piece: int, implementation: str, saved: tuple, gradient: jax.Array) -> tuple:
+    pull, operands, order, sizes = saved
+    gradient = gradient.astype(jnp.float32)
+
+    def add(index: jax.Array, total: tuple) -> tuple:
+        _, pull = jax.vjp(lambda operands: _piece(index, operands, order, sizes, piece, implementation), operands)
+        return jax.tree.map(jnp.add, total, pull(gradient)[0])
+
+    (first,) = pull(gradient)
+    total = first if piece == len(order) else jax.lax.fori_loop(1, -(-jnp.sum(sizes) // piece), add, first)
+    return total, *(np.zeros(index.shape, jax.dtypes.float0) for index in (order, sizes))
+
+
+_in_pieces.defvjp(_pieces_forward, _pieces_backward)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -74,21 +131,39 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 `jax.lax.ragged_dot`; everything on everything."""
 
 
-def choose(policy: KernelPolicy) -> str:
-    """The implementation: "auto" is megablox on TPU and blocks elsewhere.
+class ExpertPlan(NamedTuple):
+    """How experts are computed.
+
+    Attributes:
+      implementation: of one device's, a key of IMPLEMENTATIONS.
+      exchange: of tokens between devices, a key of `ops.expert_exchange.EXCHANGES`.
+    """
+
+    implementation: str
+    exchange: str = "gather"
+
+
+def choose(policy: KernelPolicy) -> ExpertPlan:
+    """What the policy asks for. "auto" is megablox on TPU and blocks elsewhere; gather everywhere.
 
     Raises:
       InputError: the policy names one that does not exist, or not on its platform.
     """
-    if policy.experts == "auto":
-        return "megablox" if policy.platform == "tpu" else "blocks"
-    possible = [name for name in IMPLEMENTATIONS if name != "megablox" or policy.platform == "tpu"]
-    if policy.experts not in possible:
-        raise InputError(
-            f"experts={policy.experts!r} is not possible on {policy.platform}: "
-            f"it must be auto, {', '.join(possible[:-1])} or {possible[-1]}."
-        )
-    return policy.experts
+    of_tpu = policy.platform == "tpu"
+    implementation, exchange = policy.experts, policy.expert_exchange
+    possible = [name for name in IMPLEMENTATIONS if name != "megablox" or of_tpu]
+    _require_possible("train.experts", implementation, possible, policy.platform)
+    possible_exchanges = [name for name in EXCHANGES if name != "ragged" or policy.platform != "cpu"]
+    _require_possible("train.expert_exchange", exchange, possible_exchanges, policy.platform)
+    if implementation == "auto":
+        implementation = "megablox" if of_tpu else "blocks"
+    return ExpertPlan(implementation, "gather" if exchange == "auto" else exchange)
+
+
+def _require_possible(name: str, given: str, possible: list[str], platform: str) -> None:
+    *others, last = "auto", *possible
+    if given not in (*others, last):
+        raise InputError(f"{name}={given!r} is not possible on {platform}: it must be {', '.join(others)} or {last}.")
 
 
 def apply_experts(
@@ -99,14 +174,14 @@ def apply_experts(
     down: jax.Array,
     *,
     implementation: str,
+    exchange: str = "gather",
     is_token: jax.Array | None = None,
 ) -> jax.Array:
     """Sum over the chosen experts of weight * expert(token), with experts on the `expert` mesh axis.
 
-    Inside a mesh this is a `jax.shard_map`: the tokens of an expert group are gathered over `expert`, each device
-    applies the experts it holds, and the partial sums are scattered back to the tokens' own devices (and summed over
-    `tensor`, which splits each expert's hidden width). Rows and positions that the mesh does not divide are filled up
-    with padding.
+    Inside a mesh this is a `jax.shard_map`: the tokens of an expert group travel over `expert`, each device applies the
+    experts it holds, and the partial sums travel back to the tokens' own devices (and are summed over `tensor`, which
+    splits each expert's hidden width). Rows and positions that the mesh does not divide are filled up with padding.
 
     Args:
       x: [B, T, D] tokens.
@@ -115,6 +190,7 @@ def apply_experts(
       gate_up: [E, D, 2, F] stacked gate and up projections, gate first.
       down: [E, F, D].
       implementation: a key of IMPLEMENTATIONS, from `choose`.
+      exchange: a key of EXCHANGES, from `choose`.
       is_token: [B, T] bool, False on padding, which goes to no expert, costs nothing and gives 0; all are tokens by
         default.
     Returns:
@@ -124,22 +200,17 @@ def apply_experts(
     if is_token is not None:
         choices = jnp.where(is_token[..., None], choices, NOBODY)
 
-    def on_rows(x: jax.Array, choices: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        num_choices = choices.shape[-1]
-        flat = x.reshape(-1, x.shape[-1])
-        out = local(flat, choices.reshape(-1, num_choices), weights.reshape(-1, num_choices), gate_up, down)
-        return out.reshape(x.shape)
+    def flat(*tokens: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(value.reshape(-1, value.shape[-1]) for value in tokens)
 
     def on_shard(tokens: tuple[jax.Array, ...], gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        x, choices, weights = (jax.lax.all_gather(value, "expert", axis=0, tiled=True) for value in tokens)
-        first = jax.lax.axis_index("expert") * gate_up.shape[0]
-        out = on_rows(x, choices - first, weights, gate_up, down)
-        out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
-        return jax.lax.psum(out, "tensor")
+        apply = functools.partial(local, gate_up=gate_up, down=down)
+        out = EXCHANGES[exchange](*flat(*tokens), num_experts=len(gate_up), apply=apply)
+        return jax.lax.psum(out.reshape(tokens[0].shape), "tensor")
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return on_rows(x, choices, weights, gate_up, down)
+        return local(*flat(x, choices, weights), gate_up, down).reshape(x.shape)
     num_rows, length = x.shape[:2]
     fill = -num_rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES), -length % mesh.shape["context"]
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LEAST_BLOCK, LARGEST_BLOCK = 32, 256
-"""Rows of a block: many for the speed of a matmul, few for the sake of those that only fill a group's last block."""
+BLOCKS = (256, 128, 64, 32)
+"""Rows of a block: a group takes as many of the largest as it fills, then at most one of each that is smaller, so that
+fewer than the least number of rows only fill its last block."""
 
 TILE_ROWS = 128
 """Rows of a tile on TPU, those of its matrix unit. A tile that two groups share is computed for both."""
@@ -70,16 +71,22 @@ def _backward(implementation: str, saved: tuple, gradient: jax.Array) -> tuple:
 _grouped.defvjp(_forward, _backward)
 
 
-def block_size(num_rows: int, num_groups: int) -> int:
-    """Rows of a block: half of those of a group if all were equal, as a power of two."""
-    half = max(num_rows // (2 * num_groups), 1)
-    return min(max(1 << (half.bit_length() - 1), LEAST_BLOCK), LARGEST_BLOCK)
+def visit_blocks(start: jax.Array, stop: jax.Array, visit: Callable[..., Any], carry: Any, *, num_rows: int) -> Any:
+    """visit(first row of a block, its number of rows, carry) -> carry, for blocks from `start` until `stop` is reached.
+
+    The last block ends less than BLOCKS[-1] rows behind `stop`. `num_rows` is the most that there can be.
+    """
+    at, left = start, stop - start + BLOCKS[-1] - 1
+    for block in (block for block in BLOCKS if block < max(num_rows, 1) + BLOCKS[-1]):
+        count = left // block
+        step = functools.partial(_step, at, block, visit)
+        carry = jax.lax.fori_loop(0, count, step, carry)
+        at, left = at + count * block, left - count * block
+    return carry
 
 
-def visit_blocks(start: jax.Array, stop: jax.Array, block: int, visit: Callable[..., Any], carry: Any) -> Any:
-    """visit(first row of a block, carry) -> carry, for blocks from `start` until `stop` is reached."""
-    count = -(-(stop - start) // block)
-    return jax.lax.fori_loop(0, count, lambda i, carry: visit(start + i * block, carry), carry)
+def _step(start: jax.Array, block: int, visit: Callable[..., Any], i: jax.Array, carry: Any) -> Any:
+    return visit(start + i * block, block, carry)
 
 
 def to_float32(*matrices: jax.Array) -> tuple[jax.Array, ...]:
@@ -88,9 +95,14 @@ def to_float32(*matrices: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def to_bits(x: jax.Array) -> jax.Array:
-    """The same bytes as unsigned integers. On CPU, XLA writes a slice of a bfloat16 array by converting all of it to
-    float32 and back; integers it writes in place."""
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    """Numbers of two bytes as integers, others as they are. On CPU, XLA writes a slice of a bfloat16 array by
+    converting all of it to float32 and back; integers it writes in place. Either way the bytes are copied once."""
+    return x if x.dtype.itemsize > 2 else jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The numbers again."""
+    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def multiply(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
@@ -101,43 +113,42 @@ def multiply(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 def _blocks_multiply(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, transposed: bool) -> jax.Array:
     """A matmul for each block of a group's rows. The rows that fill a group's last block are the next group's, whose
     own products are then written over theirs."""
-    num_rows, width = len(rows), weight.shape[1 if transposed else 2]
-    block, ends = block_size(num_rows, len(weight)), jnp.cumsum(group_sizes)
-    rows = jnp.pad(rows, ((0, block), (0, 0)))
+    num_rows, width, ends = len(rows), weight.shape[1 if transposed else 2], jnp.cumsum(group_sizes)
+    rows = jnp.pad(rows, ((0, BLOCKS[-1]), (0, 0)))
 
     def visit_group(out: jax.Array, group: tuple) -> tuple[jax.Array, None]:
         matrix, size, end = group
-        (matrix,) = to_float32(jax.lax.bitcast_convert_type(matrix, weight.dtype))
+        (matrix,) = to_float32(from_bits(matrix, weight.dtype))
 
-        def visit(at: jax.Array, out: jax.Array) -> jax.Array:
+        def visit(at: jax.Array, block: int, out: jax.Array) -> jax.Array:
             own = jax.lax.dynamic_slice_in_dim(rows, at, block)
             product = multiply(own.astype(jnp.float32), matrix, (1, 1 if transposed else 0))
             return jax.lax.dynamic_update_slice_in_dim(out, to_bits(product.astype(rows.dtype)), at, 0)
 
-        return visit_blocks(end - size, end, block, visit, out), None
+        return visit_blocks(end - size, end, visit, out, num_rows=num_rows), None
 
     nothing = to_bits(jnp.zeros((len(rows), width), rows.dtype))
     out, _ = jax.lax.scan(visit_group, nothing, (to_bits(weight), group_sizes, ends))
-    out = jax.lax.bitcast_convert_type(out[:num_rows], rows.dtype)
+    out = from_bits(out[:num_rows], rows.dtype)
     return jnp.where(_is_in_group(num_rows, group_sizes), out, 0)
 
 
 def _blocks_outer(rows: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    block, ends = block_size(len(rows), len(group_sizes)), jnp.cumsum(group_sizes)
-    rows, gradient = (jnp.pad(x, ((0, block), (0, 0))) for x in (rows, gradient))
+    num_rows, ends = len(rows), jnp.cumsum(group_sizes)
+    rows, gradient = (jnp.pad(x, ((0, BLOCKS[-1]), (0, 0))) for x in (rows, gradient))
 
     def visit_group(_: None, group: tuple) -> tuple[None, jax.Array]:
         size, end = group
 
-        def visit(at: jax.Array, total: jax.Array) -> jax.Array:
+        def visit(at: jax.Array, block: int, total: jax.Array) -> jax.Array:
             is_own = (at + jnp.arange(block) < end)[:, None]
             own, to_own = (jnp.where(is_own, jax.lax.dynamic_slice_in_dim(x, at, block), 0) for x in (rows, gradient))
             return total + multiply(own.astype(jnp.float32), to_own.astype(jnp.float32), (0, 0))
 
         nothing = jnp.zeros((rows.shape[1], gradient.shape[1]), jnp.float32)
-        return None, to_bits(visit_blocks(end - size, end, block, visit, nothing).astype(rows.dtype))
+        return None, to_bits(visit_blocks(end - size, end, visit, nothing, num_rows=num_rows).astype(rows.dtype))
 
-    return jax.lax.bitcast_convert_type(jax.lax.scan(visit_group, None, (group_sizes, ends))[1], rows.dtype)
+    return from_bits(jax.lax.scan(visit_group, None, (group_sizes, ends))[1], rows.dtype)
 
 
 def _ragged_multiply(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, transposed: bool) -> jax.Array:

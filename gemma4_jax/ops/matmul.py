@@ -10,6 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gemma4_jax.ops.lookup import look_up
+
 
 class StoredMatrix(abc.ABC):
     """A matrix that is stored as something other than its values.
@@ -68,4 +70,4 @@ def take(table: Matrix, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of an embedding table: [V, ...] by ids [...] -> [*ids, ...] in `dtype`."""
     if isinstance(table, StoredMatrix):
         return table.take(ids, dtype)
-    return table[ids].astype(dtype)
+    return look_up(table, ids, dtype)

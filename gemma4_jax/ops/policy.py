@@ -10,8 +10,10 @@ class KernelPolicy(NamedTuple):
       platform: of the devices that the model runs on, "cpu", "gpu" or "tpu": not always those of this machine.
       attention: a key of `ops.attention.IMPLEMENTATIONS`, or "auto".
       experts: a key of `ops.expert_parallel.IMPLEMENTATIONS`, or "auto".
+      expert_exchange: a key of `ops.expert_exchange.EXCHANGES`, or "auto".
     """
 
     platform: str = "cpu"
     attention: str = "auto"
     experts: str = "auto"
+    expert_exchange: str = "auto"

@@ -1,5 +1,6 @@
 """One decoder layer, and the block of layers that makes one period of the attention pattern."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 from gemma4_jax.config import TextConfig
 from gemma4_jax.layers import Buffer, GatedMLP, Linear, RMSNorm, gelu
 from gemma4_jax.sharding import constrain
+from gemma4_jax.stack import remat
 from gemma4_jax.text.attention import Attention, AttentionView, KeyValues
 from gemma4_jax.text.moe import MixtureOfExperts, RouterStats
 
@@ -104,11 +106,27 @@ class SharedKeyValues(NamedTuple):
     sliding_layer: KeyValues | None
     global_layer: KeyValues
 
+    def exchanged(self, view: AttentionView) -> "SharedKeyValues":
+        """Of all devices, those that the queries of each may see."""
+        sliding = self.sliding_layer
+        with jax.named_scope("sliding_attention"):
+            sliding = None if sliding is None else view.sliding_layer.exchanged(sliding)
+        with jax.named_scope("global_attention"):
+            return SharedKeyValues(sliding, view.global_layer.exchanged(self.global_layer))
+
 
 class Block(nnx.Module):
-    """One period of the attention pattern: sliding layers, then a global one. The unit that is stacked and scanned."""
+    """One period of the attention pattern: sliding layers, then a global one. The unit that is stacked and scanned.
 
-    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, shares_kv: bool, param_dtype: jnp.dtype):
+    Args of the constructor:
+      shares_kv: has no K and V of its own; uses those it is given.
+      remat_policy: what each of its layers keeps for the backward pass, a key of `stack.REMAT_POLICIES`.
+    """
+
+    def __init__(
+        self, rngs: nnx.Rngs, config: TextConfig, *, shares_kv: bool, param_dtype: jnp.dtype, remat_policy: str
+    ):
+        self.remat_policy = remat_policy
         self.layers = nnx.List(
             DecoderLayer(rngs, config, is_global=config.is_global(layer), shares_kv=shares_kv, param_dtype=param_dtype)
             for layer in range(config.attention_period)
@@ -140,7 +158,8 @@ class Block(nnx.Module):
             own_kind = None
             if shared is not None:
                 own_kind = shared.global_layer if layer.attention.is_global else shared.sliding_layer
-            x, kv, layer_stats = layer(x, per_layer, view, own_kind, cache)
+            step = partial(layer, view=view, shared=own_kind, cache=cache)
+            x, kv, layer_stats = remat(step, self.remat_policy)(x, per_layer)
             key_values.append(kv)
             stats.append(layer_stats)
         stacked = None if stats[0] is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)

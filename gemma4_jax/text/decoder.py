@@ -22,12 +22,11 @@ class Decoder(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, param_dtype: jnp.dtype, remat_policy: str):
         self.config = config
-        self.remat_policy = remat_policy
         self.num_own = config.num_own_layers // config.attention_period
         self.num_shared = config.num_kv_shared_layers // config.attention_period
 
         def build(rngs: nnx.Rngs, *, shares_kv: bool) -> Block:
-            return Block(rngs, config, shares_kv=shares_kv, param_dtype=param_dtype)
+            return Block(rngs, config, shares_kv=shares_kv, param_dtype=param_dtype, remat_policy=remat_policy)
 
         self.own = stack_modules(partial(build, shares_kv=False), rngs, self.num_own)
         self.shared = stack_modules(partial(build, shares_kv=True), rngs, self.num_shared) if self.num_shared else None
@@ -76,7 +75,8 @@ class Decoder(nnx.Module):
             return (x, self._last_of_each_kind(key_values)), (stats, None if cache is None else key_values)
 
         first = x, self._no_key_values(x, cache)
-        (x, shared), (stats, cache) = run_stack(self.own, step, first, (inputs, cache), remat_policy=self.remat_policy)
+        # A layer, not a whole period, is what is computed again at one time.
+        (x, shared), (stats, cache) = run_stack(self.own, step, first, (inputs, cache), remat_policy="none")
         return x, shared, stats, cache
 
     def _no_key_values(self, x: jax.Array, cache: Cache | None) -> SharedKeyValues | None:
@@ -102,9 +102,12 @@ class Decoder(nnx.Module):
         self, x: jax.Array, inputs: jax.Array | None, view: AttentionView, shared: SharedKeyValues | None
     ) -> tuple[jax.Array, RouterStats | None]:
         assert self.shared is not None
+        assert shared is not None
+        # Once for all layers.
+        shared = shared.exchanged(view)
 
         def step(block: Block, x: jax.Array, inputs: jax.Array | None) -> tuple[jax.Array, RouterStats | None]:
             x, _, stats = block(x, inputs, view, shared, None)
             return x, stats
 
-        return run_stack(self.shared, step, x, inputs, remat_policy=self.remat_policy)
+        return run_stack(self.shared, step, x, inputs, remat_policy="none")

@@ -9,6 +9,7 @@ from flax import nnx
 from gemma4_jax.config import TextConfig
 from gemma4_jax.layers import Linear, RMSNorm, normal_param, weight
 from gemma4_jax.ops.matmul import Matrix, take
+from gemma4_jax.stack import remat
 
 
 def _look_up(table: Matrix, tokens: jax.Array, pad: int, dtype: jnp.dtype) -> jax.Array:
@@ -42,11 +43,24 @@ class PerLayerEmbedder(nnx.Module):
     """One small embedding per token and layer: looked up by token, plus projected from the merged embedding.
 
     `pad` is the id of the pad token. Source: docs/gemma4.md section 2, "Per-layer embeddings".
+
+    Args of the constructor:
+      remat_policy: what is kept of the projection for the backward pass, a key of `stack.REMAT_POLICIES`.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: TextConfig, *, pad: int, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: TextConfig,
+        *,
+        pad: int,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        remat_policy: str = "none",
+    ):
         self.pad = pad
         self.dtype = dtype
+        self.remat_policy = remat_policy
         per_layer = {"layers": config.num_layers, "per_layer_embed": config.per_layer_embed_dim}
         # Beside the projection of the merged embedding, which is normalised to one, the table starts nearly silent.
         self.table = normal_param(rngs, {"vocab": config.vocab_size} | per_layer, param_dtype, stddev=0.02)
@@ -67,5 +81,10 @@ class PerLayerEmbedder(nnx.Module):
         """
         by_token = _look_up(weight(self, "table"), tokens, self.pad, self.dtype)
         by_token *= jnp.asarray(math.sqrt(by_token.shape[-1]), self.dtype)
-        by_context = self.norm(self.projection(x) * jnp.asarray(x.shape[-1] ** -0.5, self.dtype))
+        # Beside what the layers are given, a second [B, T, L, Q] would live until their backward pass is over.
+        by_context = remat(self._by_context, self.remat_policy)(x)
         return jnp.moveaxis((by_context + by_token) * jnp.asarray(2**-0.5, self.dtype), 2, 0)
+
+    def _by_context(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, L, Q]."""
+        return self.norm(self.projection(x) * jnp.asarray(x.shape[-1] ** -0.5, self.dtype))

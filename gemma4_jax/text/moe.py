@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gemma4_jax.config import TextConfig
 from gemma4_jax.layers import RMSNorm, constant_param, normal_param, rms_normalize, weight
-from gemma4_jax.ops.expert_parallel import apply_experts
+from gemma4_jax.ops.expert_parallel import ExpertPlan, apply_experts
 from gemma4_jax.ops.matmul import contract, value
 
 
@@ -17,7 +17,7 @@ class RouterStats(NamedTuple):
     """How tokens were spread over experts, global over the batch, padding left out.
 
     Attributes:
-      load: [..., E] share of all choices that went to each expert; sums to 1.
+      load: [..., E] share of all choices that went to each expert; sums to 1. Not a number where a score is none.
       load_balance_loss: [...] E * sum_e load_e * mean router probability_e; 1 when perfectly even.
       z_loss: [...] mean squared log-sum-exp of the router's scores. Source: Zoph et al. 2022 (arXiv:2202.08906).
     """
@@ -71,6 +71,7 @@ def _router_stats(scores: jax.Array, probabilities: jax.Array, choices: jax.Arra
     load = jnp.sum(chosen * token_weight, axis=(0, 1)) / (count * choices.shape[-1])
     probability = jnp.sum(probabilities * token_weight, axis=(0, 1)) / count
     z_loss = jnp.sum(jax.nn.logsumexp(scores, axis=-1) ** 2 * is_token) / count
+    load = jnp.where(jnp.isfinite(z_loss), load, jnp.nan)
     return RouterStats(load, num_experts * jnp.sum(load * probability), z_loss)
 
 
@@ -86,10 +87,10 @@ class Experts(nnx.Module):
 
     @jax.named_scope("experts")
     def __call__(
-        self, x: jax.Array, choices: jax.Array, weights: jax.Array, is_token: jax.Array, implementation: str
+        self, x: jax.Array, choices: jax.Array, weights: jax.Array, is_token: jax.Array, plan: ExpertPlan
     ) -> jax.Array:
         gate_up, down = value(weight(self, "gate_up")), value(weight(self, "down"))
-        return apply_experts(x, choices, weights, gate_up, down, is_token=is_token, implementation=implementation)
+        return apply_experts(x, choices, weights, gate_up, down, is_token=is_token, **plan._asdict())
 
 
 class MixtureOfExperts(nnx.Module):
@@ -106,7 +107,7 @@ class MixtureOfExperts(nnx.Module):
         self.post_norm = norm()
 
     def __call__(
-        self, residual: jax.Array, dense: jax.Array, is_token: jax.Array, implementation: str
+        self, residual: jax.Array, dense: jax.Array, is_token: jax.Array, plan: ExpertPlan
     ) -> tuple[jax.Array, RouterStats]:
         """Combines.
 
@@ -114,8 +115,8 @@ class MixtureOfExperts(nnx.Module):
           residual: [B, T, D], what the layer's MLP branch started from.
           dense: [B, T, D], output of the dense MLP.
           is_token: [B, T] bool, False on padding.
-          implementation: that computes the experts.
+          plan: how the experts are computed.
         """
         choices, weights, stats = self.router(residual, is_token)
-        sparse = self.experts(self.pre_norm(residual), choices, weights, is_token, implementation)
+        sparse = self.experts(self.pre_norm(residual), choices, weights, is_token, plan)
         return self.dense_post_norm(dense) + self.post_norm(sparse), stats

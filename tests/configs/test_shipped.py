@@ -17,7 +17,13 @@ from gemma4_jax.run_config import check_mesh
 from gemma4_jax.sharding import MESH_AXES, param_shardings
 from tests.train.tiny import typed
 
-DEVICES = {"pretrain_e2b": 64, "pretrain_31b": 256, "finetune_26b_a4b": 64}
+DEVICES = {
+    "pretrain_e2b": 64,
+    "pretrain_31b": 256,
+    "finetune_26b_a4b": 64,
+    "finetune_e4b_long": 64,
+    "finetune_31b_long": 256,
+}
 """What the docstring of the config asks for; 1 where it is not listed."""
 
 

@@ -28,7 +28,7 @@ DOCUMENTS = [
 @pytest.fixture(scope="module")
 def examples(tokenizer, model):
     encode = Encoder(tokenizer, model.vision, 70)
-    return [[encode(document) for document in row] for row in DOCUMENTS]
+    return [[encode(document).read() for document in row] for row in DOCUMENTS]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,18 @@ def test_targets_follow_inside_the_document_and_weights_follow_the_loss_flags(ba
             assert row.loss_weights[here].tolist() == [*example.carries_loss[1:].tolist(), 0]
         weighted_targets = row.targets[row.loss_weights > 0]
         assert not np.isin(weighted_targets, [0, 2, 7, 8, 9]).any()
+
+
+@pytest.mark.parametrize(
+    ("weighting", "weight"), [("token", lambda n: n), ("square_root", lambda n: n**0.5), ("document", lambda n: 1)]
+)
+def test_what_a_document_weighs(weighting, weight, examples, tokenizer, rows_of):
+    batch = assemble(examples, RowShape(352, 4, 1120, 48), tokenizer.tokens, weighting=weighting)
+    for row, row_examples in zip(rows_of(batch), examples, strict=True):
+        for segment, example in enumerate(row_examples, start=1):
+            weights = row.loss_weights[row.segment_ids == segment]
+            assert weights.sum() == pytest.approx(weight(example.carries_loss[1:].sum()))
+            assert len(set(weights[weights > 0])) == 1
 
 
 def test_the_learned_text_is_the_text_with_loss(batch, rows_of, tokenizer):
@@ -124,7 +136,7 @@ def test_stats_say_how_full_it_is(batch, examples):
 
 
 def test_text_alone_needs_no_patches(tokenizer):
-    example = Encoder(tokenizer, None, 70)(Document((Text("x = 1\n"),), "text"))
+    example = Encoder(tokenizer, None, 70)(Document((Text("x = 1\n"),), "text")).read()
     batch = assemble([[example]], RowShape(16, 0, 0, 48), tokenizer.tokens)
     assert batch.patches.shape == (1, 0, 48)
     assert packing_stats(batch)["patch_padding"] == 0

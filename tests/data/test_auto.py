@@ -64,3 +64,11 @@ def test_it_is_what_a_source_does_by_default(tmp_path: Path):
     documents = open_documents(SourceConfig("mine", path=str(path), columns={"messages": "dialog"}))
     assert documents[0].segments == (Text("a"),)
     assert list(documents[1].conversation.messages) == TALK["messages"]
+
+
+def test_a_column_that_is_named_and_not_there_is_told(tmp_path: Path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"dialogue": FORMS["messages"]["messages"], "id": 1}))
+    for task in ("chat", "auto"):
+        config = SourceConfig("mine", path=str(tmp_path / "mine.jsonl"), task=task, columns={"messages": "dialog"})
+        with pytest.raises(InputError, match=r"line 1: .*columns,? dialogue, id.* It has no column 'dialog'"):
+            open_documents(config)[0]

@@ -44,7 +44,7 @@ def examples(tokenizer, vision, folder, *records, **fields):
     config = SourceConfig("talks", path=str(folder / "talks.jsonl"), task="chat", **fields)
     documents = open_documents(config)
     encode = Encoder(tokenizer, vision, 70)
-    return [encode(documents[i]) for i in range(len(documents))]
+    return [encode(documents[i]).read() for i in range(len(documents))]
 
 
 @pytest.mark.parametrize("name", [name for name in CONVERSATIONS if name != "images"])

@@ -1,10 +1,13 @@
 """Every source in the table of docs/data.md is one that reads, from files as people have them."""
 
 import ast
+import contextlib
+import dataclasses
 import gzip
 import io
 import json
 import re
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -12,9 +15,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from gemma4_jax.audio.features import MAX_SAMPLES, num_frame_places, num_frames, num_soft_tokens
+from gemma4_jax.config import AudioConfig
 from gemma4_jax.data.iterator import read_counters
-from gemma4_jax.data.pipeline import make_train_iterator
+from gemma4_jax.data.pack import RowShape
+from gemma4_jax.data.pipeline import held_out_rows, make_train_iterator
+from gemma4_jax.data.sources import KINDS
 from gemma4_jax.launch import cli, command_line
+from tests.data.test_kinds import save
+from tests.data.test_sounds import chirp, encoded
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 SOURCES = [
@@ -22,6 +31,7 @@ SOURCES = [
     for source in re.findall(r"\| `(\{'.*\})` \|$", PAGE.read_text(), re.MULTILINE)
     if "'tfds'" not in source  # tests/data/test_sources.py has it
 ]
+AUDIO = AudioConfig(embed_dim=16, num_layers=1, num_heads=2, subsampling_channels=(8, 4), output_dim=12)
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 
 
@@ -29,6 +39,10 @@ def png():
     file = io.BytesIO()
     PIL.Image.fromarray(PIXELS).save(file, "PNG")
     return file.getvalue()
+
+
+def flac():
+    return encoded(chirp(0.5, 16_000), form="FLAC")
 
 
 def asked(*content):
@@ -53,6 +67,9 @@ RECORDS = {
     "vision-1.parquet": [{"images": [IMAGE], "messages": asked({"type": "text", "text": "What?"})}],
     "questions.parquet": [{"images": [IMAGE], "texts": [{"user": "What?", "assistant": "A cat.", "source": "vqa"}]}],
     "web.parquet": [{"texts": ["A cat:", None], "images": [None, {"bytes": png(), "path": None}]}],
+    "speech.jsonl": [{"audio": "pictures/a.flac", "text": "all the text"}],
+    "speech.parquet": [{"audio": {"bytes": flac(), "path": "a.flac"}, "transcription": "all the text"}],
+    "frames.jsonl": [{"frames": ["pictures/a.png"] * 2, "fps": 1, "text": "a cat"}],
     "text.parquet": [{"text": "all the text", "url": "https://example.org", "language": "en"}],
     "content.parquet": [{"content": "all the text"}],
 }
@@ -89,6 +106,15 @@ def folder(tmp_path_factory):
             path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
     (folder / "pictures").mkdir()
     (folder / "pictures" / "a.png").write_bytes(png())
+    (folder / "pictures" / "a.flac").write_bytes(flac())
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("all the text")
+    save(folder / "saved" / "train", [{"text": "all the text"}])
+    (folder / "records").mkdir()
+    array_record_module = pytest.importorskip("array_record.python.array_record_module")
+    writer = array_record_module.ArrayRecordWriter(str(folder / "records" / "0.array_record"), "group_size:1")
+    writer.write(b'{"text": "all the text"}')
+    writer.close()
     (folder / "shards").mkdir()
     for shard in range(2):
         with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
@@ -102,19 +128,29 @@ def folder(tmp_path_factory):
 def test_the_table_has_every_kind_of_record():
     named = {name for source in SOURCES for name in RECORDS if Path(name).match(source["path"])}
     assert named == RECORDS.keys()
-    assert {source.get("kind", "jsonl") for source in SOURCES} == {"jsonl", "parquet", "webdataset"}
+    assert {source.get("kind", "jsonl") for source in SOURCES} == KINDS.keys() - {
+        "digits",
+        "python",
+        "tfds",
+        "prepared",
+    }  # which have tests of their own
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source["path"])
 def test_a_source_of_the_table_is_read_as_it_stands(source, folder, tokenizer, monkeypatch):
     monkeypatch.chdir(folder)
     config = command_line.from_command_line(["--config=quickstart", f"--config.data.sources={{'mine': {source}}}"])
+    if "speech" in source["path"]:
+        data = dataclasses.replace(config.data, frames_per_row=600)
+        config = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, audio=AUDIO))
     iterator = make_train_iterator(config.resolved(), tokenizer)
     batch = next(iterator)
     counters = {name: count for name, count in read_counters(iterator)["mine"].items() if count}
     iterator.close()
     assert counters.keys() <= {"read", "documents", "images"}  # nothing is left out
-    has_images = any(word in str(source) for word in ("llava", "vision", "ques", "tar", "capt", "web", "segm"))
+    has_images = any(
+        word in str(source) for word in ("llava", "vision", "ques", "tar", "capt", "web", "segm", "frames")
+    )
     assert ("images" in counters) == (has_images and source["path"] != "questions.jsonl")
     learned = tokenizer.decode(batch.targets[0][batch.loss_weights[0] > 0].tolist())
     assert re.search(r"Hello<turn\|>|cat\.?<(turn\||eos)>|2<turn\||all the text<eos>|A cat:", learned)
@@ -127,3 +163,25 @@ def test_the_command_of_the_page_writes_a_preview(folder, monkeypatch, capsys):
     config, sources = re.fullmatch(r"preview (\S+) (.*)", command).groups()
     assert cli.main(["preview", config, sources.replace('"', "")]) == 0
     assert "Hello" in re.sub("<[^>]*>", "", (folder / "preview.html").read_text())
+
+
+def test_the_command_for_sounds_makes_room_for_them():
+    (command,) = re.findall(r"^    gemma4 train (.*)$", PAGE.read_text(), re.MULTILINE)
+    *flags, sources = re.fullmatch(r"(\S+) (\S+) (\S+) (\S+) (.*)", command).groups()
+    config = command_line.from_command_line([*flags, sources.replace('"', "")]).resolved()
+    shape = RowShape.from_config(config.data, config.model)
+    assert (shape.frames, shape.mel_bins) == (num_frame_places(num_frames(MAX_SAMPLES)), 128)
+    assert num_soft_tokens(shape.frames) < shape.tokens
+
+
+def test_what_the_command_of_the_page_prepares_is_what_the_source_of_the_page_reads(folder, tokenizer, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("chat.jsonl").write_text(100 * (json.dumps(RECORDS["chat.jsonl"][0]) + "\n"))  # some of them are held out
+    (command,) = re.findall(r"^    gemma4 (prepare .*)$", PAGE.read_text(), re.MULTILINE)
+    assert cli.main(shlex.split(command)) == 0
+    (source,) = re.findall(r"the source `(\{'kind': 'prepared'.*?\})`", PAGE.read_text())
+    flags = ["--config=quickstart", f"--config.data.sources={{'mine': {source}}}"]
+    config = command_line.from_command_line(flags).resolved()
+    with contextlib.closing(make_train_iterator(config, tokenizer)) as batches:
+        assert "Hello<turn|>" in tokenizer.decode(next(batches).tokens[0].tolist())
+    assert held_out_rows(config, tokenizer, "mine", 9)

@@ -94,7 +94,7 @@ def test_columns_are_called_what_the_task_calls_them(numbers):
 
 
 MISTAKES = {
-    r"options\.wrd='a' is not possible: it must be one of the options below, word, mark, is_loud\.": {
+    r"options\.wrd='a' is not possible: it must be one of the options below, word, mark, is_loud, soft": {
         "options": {"wrd": "a", "word": "a"}
     },
     r"options\.word is missing": {"options": {}},
@@ -117,7 +117,7 @@ MISTAKES = {
     r"held_out=0\.1 is not possible: it must be 0, as 'digits' holds documents back by itself": {
         "kind": "digits", "task": "segments", "path": "", "options": {}, "held_out": 0.1,
     },
-    r"options\.seed=3 is not possible: it must be left out, as there are no options": {
+    r"options\.seed=3 is not possible: it must be one of the options soft_tokens, soft_token_pixels, max_images": {
         "kind": "digits", "task": "segments", "path": "", "options": {"seed": 3},
     },
 }  # fmt: skip

@@ -7,8 +7,8 @@ from gemma4_jax.data.encode import (
     MAX_CHARACTERS,
     MIN_QUESTION,
     Encoder,
-    Unreadable,
 )
+from gemma4_jax.data.example import Unreadable
 from gemma4_jax.data.mixture import Examples
 from gemma4_jax.errors import InputError
 
@@ -20,8 +20,13 @@ def encode(tokenizer, model):
     return Encoder(tokenizer, model.vision, 140)
 
 
-def test_segments_become_tokens_in_order(encode, tokenizer):
-    example = encode(Document((Text("see ", loss=False), Image(PIXELS), Text("ok\n")), "one"))
+@pytest.fixture
+def read(encode):
+    return lambda document: encode(document).read()
+
+
+def test_segments_become_tokens_in_order(read, tokenizer):
+    example = read(Document((Text("see ", loss=False), Image(PIXELS), Text("ok\n")), "one"))
     m = example.images[0].num_soft_tokens
     assert 0 < m <= 140
     see, ok = tokenizer.encode("see "), tokenizer.encode("ok\n")
@@ -29,8 +34,8 @@ def test_segments_become_tokens_in_order(encode, tokenizer):
     assert example.carries_loss.tolist() == [False] * (1 + len(see) + m + 2) + [True] * (len(ok) + 1)
 
 
-def test_an_image_may_bring_its_own_budget(encode):
-    example = encode(Document((Image(PIXELS, 70),), "one"))
+def test_an_image_may_bring_its_own_budget(read):
+    example = read(Document((Image(PIXELS, 70),), "one"))
     assert example.images[0].num_soft_tokens <= 70
 
 
@@ -48,7 +53,7 @@ def test_a_model_without_a_vision_tower_refuses_images(tokenizer):
 def test_an_unreadable_record_is_named_not_raised(encode):
     documents = [Document((Text("fine"),), "good"), Document((Image(b"broken"),), "bad")]
     good, bad = (Examples("mine", documents, encode)[i] for i in range(2))
-    assert (good.name, good.source, bad.source) == ("good", "mine", "mine")
+    assert (good.text.name, good.text.source, bad.source) == ("good", "mine", "mine")
     assert isinstance(bad, Unreadable)
     assert bad.reason.startswith("bad: ")
 
@@ -68,13 +73,13 @@ MASKED, LEARNED = Text("see ", loss=False), Text("ok\n")
         ((Image(PIXELS),), False),
     ],
 )
-def test_the_end_is_learned_where_the_last_text_is(encode, segments, is_learned):
-    example = encode(Document(segments, "one"))
+def test_the_end_is_learned_where_the_last_text_is(read, segments, is_learned):
+    example = read(Document(segments, "one"))
     assert example.carries_loss[-1] == is_learned
     assert example.carries_loss.any() == (LEARNED in segments)
 
 
-def test_the_question_is_no_context(encode, tokenizer):
+def test_the_question_is_no_context(read, tokenizer):
     context, question = Text("a b c " * 20, loss=False), Text("what is it? ", loss=False)
     long = len(tokenizer.encode(context.text))
     for segments, expected in [
@@ -84,7 +89,7 @@ def test_the_question_is_no_context(encode, tokenizer):
         ((Image(PIXELS), context, question, LEARNED), 0),
         ((LEARNED, context, question), 0),
     ]:
-        assert encode(Document(segments, "one")).context == expected
+        assert read(Document(segments, "one")).context == expected
 
 
 @pytest.mark.parametrize("text", ["half of a character: \ud800", "x" * (MAX_CHARACTERS + 1)])
@@ -98,7 +103,7 @@ SAMPLES = np.random.default_rng(0).uniform(-0.5, 0.5, 4000)
 
 def test_a_sound_becomes_its_soft_tokens_between_marks(tokenizer, model):
     encode = Encoder(tokenizer, model.vision, 140, AudioConfig())
-    example = encode(Document((Image(PIXELS), Sound(SAMPLES), Text("ok"), Sound(SAMPLES[:900])), "one"))
+    example = encode(Document((Image(PIXELS), Sound(SAMPLES), Text("ok"), Sound(SAMPLES[:900])), "one")).read()
     roles, frames = tokenizer.tokens, [len(sound) for sound in example.sounds]
     assert [sound.shape[1] for sound in example.sounds] == [128, 128]
     expected = [roles.bos, roles.begin_image, *[roles.image] * example.images[0].num_soft_tokens, roles.end_image]

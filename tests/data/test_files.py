@@ -1,5 +1,6 @@
 """The files of a source: several as one, compressed ones, and what they may cost."""
 
+import ast
 import bz2
 import gzip
 import importlib.util
@@ -7,6 +8,7 @@ import io
 import json
 import lzma
 import pickle
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 
 from gemma4_jax.data.document import Text
 from gemma4_jax.data.documents import open_documents
-from gemma4_jax.data.sources import unpack
+from gemma4_jax.data.sources import scratch, unpack
 from gemma4_jax.data.sources.files import find_files
 from gemma4_jax.errors import InputError
 from gemma4_jax.run_config import SourceConfig
@@ -76,7 +78,6 @@ def test_a_name_of_its_own_is_no_pattern(tmp_path):
         ("nothing-*.jsonl", r"^no file is called '.*nothing-\*\.jsonl': mend the pattern"),
         (",", "names no file"),
         ("a*," * 400, r"no file is called 'a\*'"),
-        ("gs://bucket/*.jsonl", "must be a local path"),
     ],
 )
 def test_a_path_that_means_nothing_is_refused(given, message):
@@ -129,12 +130,12 @@ def test_a_file_that_unpacks_to_too_much_is_refused_on_the_way(tmp_path, monkeyp
         for _ in range(64):
             file.write(bytes(2**20))
     tracemalloc.start()
-    with pytest.raises(InputError, match=r"bomb\.jsonl\.gz unpacks to more than 8388608 bytes"):
+    with pytest.raises(InputError, match=r"bomb\.jsonl\.gz: it unpacks to more than 8388608 bytes"):
         opened(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**23
-    assert not [file for file in Path(unpack._folder().name).iterdir() if "bomb" in file.name]
+    assert not [file for file in Path(scratch.scratch_folder().name).iterdir() if "bomb" in file.name]
 
 
 def test_a_disk_is_not_filled(tmp_path, monkeypatch):
@@ -150,6 +151,28 @@ def test_zstd_without_its_library_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(9))
     with pytest.raises(InputError, match="install zstandard"):
         opened(tmp_path / "a.jsonl.zst")
+
+
+def test_an_index_without_a_place_is_told_what_to_set(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(lines("1"))
+
+    def refuse(**options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(scratch.tempfile, "mkstemp", refuse)
+    with pytest.raises(InputError, match=r"no temporary file can be written \(Read-only file system\): set TMPDIR"):
+        opened(tmp_path / "a.jsonl")
+
+
+def test_another_process_maps_the_same_index(shards):
+    """As worker processes do, which are sent the source and not what it knows."""
+    documents = opened(f"{shards}/*.jsonl")
+    (shards / "pickled").write_bytes(pickle.dumps(documents))
+    read = (
+        "import pickle, sys; d = pickle.load(open(sys.argv[1], 'rb')); print([d[i].segments[0].text for i in range(4)])"
+    )
+    command = [sys.executable, "-c", read, str(shards / "pickled")]
+    assert ast.literal_eval(subprocess.run(command, check=True, capture_output=True, text=True).stdout) == list("1234")
 
 
 # Parquet.

@@ -13,6 +13,7 @@ import pytest
 from gemma4_jax import sizes
 from gemma4_jax.data.document import Image
 from gemma4_jax.data.encode import Encoder
+from gemma4_jax.data.image_sizes import upright_size
 from gemma4_jax.data.images import read_pixels
 from gemma4_jax.errors import InputError
 from gemma4_jax.tokenizer import Tokenizer
@@ -195,6 +196,38 @@ def test_pixels_of_every_form(name, tmp_path):
     np.testing.assert_array_equal(read_pixels(PIL.Image.open(io.BytesIO(form.data))), pixels)
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_the_size_of_every_form(name, monkeypatch):
+    """Of JPEG, WebP and most PNG by the header alone."""
+    form = FORMS[name]
+    if form.expected is not None:
+        assert upright_size(form.data) == form.expected.shape[:2]
+    if name.startswith(("JPEG", "WebP")) or name == "PNG, RGB":
+        monkeypatch.setattr("gemma4_jax.data.image_sizes.read_pixels", lambda image: pytest.fail("decoded"))
+        assert upright_size(form.data) == form.expected.shape[:2]
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "WEBP", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_a_picture_that_is_turned(file_format, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = file_of(rgb, file_format, exif=exif)
+    assert upright_size(data) == read_pixels(data).shape[:2]
+    if file_format == "PNG":  # the chunk may stand behind the pixels as well
+        start = data.index(b"eXIf") - 4
+        stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        end = data.index(b"IEND") - 4
+        moved = data[:start] + data[stop:end] + data[start:stop] + data[end:]
+        assert upright_size(moved) == read_pixels(moved).shape[:2] == read_pixels(data).shape[:2]
+
+
+def test_a_size_that_cannot_be_told_is_the_sentence_of_the_pixels():
+    for data in (b"", b"<html>", FORMS["TIFF, floats"].data):
+        with pytest.raises(InputError, match="an image"):
+            upright_size(data)
+
+
 ARRAYS = {
     "RGB": (RGB, RGB, 0),
     "gray": (GRAY, gray_as_rgb(GRAY), 0),
@@ -241,10 +274,10 @@ def test_an_error_names_the_file_and_no_object():
     broken = {b"<html>": "it is damaged or of another format", FORMS["PNG, RGB"].data[:-40]: "image file is truncated"}
     for data, reason in broken.items():
         with pytest.raises(InputError, match=f"^cat.png: an image cannot be decoded .{reason}") as error:
-            encoder.read_image(Image(data, name="cat.png"))
+            encoder.size_image(Image(data, name="cat.png")).read()
         assert "0x" not in str(error.value)
     with pytest.raises(InputError, match=r"^cat.png: max_soft_tokens=0 of an image must be one of 70\."):
-        encoder.read_image(Image(RGB, 0, "cat.png"))
+        encoder.size_image(Image(RGB, 0, "cat.png"))
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from gemma4_jax.data.images import MAX_PIXELS, cut_patches, join_patches, read_pixels, resize_image
+from gemma4_jax.data.images import MAX_PIXELS, cut_patches, join_patches, read_patches, read_pixels, resize_image
 from gemma4_jax.errors import InputError
 
 
@@ -120,3 +120,15 @@ def test_pixels_are_those_of_the_reference_processor():
         np.testing.assert_array_equal(ours.positions[raster], positions)
         difference = np.abs(theirs["pixel_values"][0, :n] * 255 - ours.patches[raster])
         assert difference.max() <= 1  # levels of 255
+
+
+@pytest.mark.parametrize(
+    "given", [random_pixels(50, 71), encoded(random_pixels(50, 71), "JPEG"), random_pixels(70, 56)]
+)
+def test_patches_of_a_file_are_those_of_its_pixels(given):
+    cells = {"patch_size": 4, "pooling_size": 2}
+    expected = cut_patches(resize_image(read_pixels(given), max_soft_tokens=70, **cells), **cells)
+    patches = read_patches(given, max_soft_tokens=70, **cells)
+    np.testing.assert_array_equal(patches.patches, expected.patches)
+    np.testing.assert_array_equal(patches.positions, expected.positions)
+    assert patches.num_soft_tokens == expected.num_soft_tokens

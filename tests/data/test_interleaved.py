@@ -78,7 +78,7 @@ def documents(tmp_path):
 
 def test_a_document_goes_on_without_its_missing_images(documents, tokenizer, model):
     opened = open_documents(SourceConfig("web", path=str(documents)))
-    examples = [Encoder(tokenizer, model.vision, 70)(opened[i]) for i in range(3)]
+    examples = [Encoder(tokenizer, model.vision, 70)(opened[i]).read() for i in range(3)]
     assert [len(example.images) for example in examples] == [1, 1, 0]
     assert [example.images_missing for example in examples] == [0, 2, 1]
     roles = tokenizer.tokens

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import re
 
@@ -121,16 +122,16 @@ def test_every_document_comes_once_in_an_epoch(make_config, tokenizer, model, tm
     config = make_config(sources=write_jsonl(tmp_path / "mine.jsonl", texts))
     encode = Encoder(tokenizer, model.vision, 70)
     mixed = mix_sources(config.data, open_sources(config.data), encode)
-    epochs = [[mixed[i].name for i in range(start, start + 100)] for start in range(0, 1000, 100)]
+    epochs = [[mixed[i].text.name for i in range(start, start + 100)] for start in range(0, 1000, 100)]
     assert all(len(set(epoch)) == 100 for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 10
     data = dataclasses.replace(config.data, seed=1)
     other = mix_sources(data, open_sources(data), encode)
-    assert [other[i].name for i in range(100)] not in epochs
+    assert [other[i].text.name for i in range(100)] not in epochs
 
 
 def test_turns_keep_the_proportions_in_every_shard_and_read_each_source_in_order():
-    turns = Turns([0.7, 0.2, 0.1, 1e-9], seed=0)
+    turns = Turns([0.7, 0.2, 0.1, 1e-9], [None] * 4, seed=0)
     taken = [turns[i] for i in range(2 * ROUND)]
     for process in range(2):
         shard = [source for source, _ in taken[process::2]]
@@ -143,13 +144,29 @@ def test_turns_keep_the_proportions_in_every_shard_and_read_each_source_in_order
         assert indices
 
 
+def test_a_source_drops_out_after_its_epochs_and_the_others_go_on_in_proportion(
+    make_config, tokenizer, model, tmp_path
+):
+    few = write_jsonl(tmp_path / "few.jsonl", [f"few {i}" for i in range(10)])["mine"]
+    rest = write_jsonl(tmp_path / "rest.jsonl", [f"rest {i}" for i in range(100)])["mine"]
+    sources = {"few": few | {"epochs": 3}, "rest": rest, "more": rest | {"weight": 3}}
+    data = make_config(sources=sources).data
+    mixed = mix_sources(data, open_sources(data), Encoder(tokenizer, model.vision, 70))
+    names = [mixed[i].text.source if mixed[i] is not None else None for i in range(2 * ROUND)]
+    assert names.count("few") == 30
+    assert names[-1000:].count("few") == 0
+    assert names.count("more") == 3 * names.count("rest")
+    with pytest.raises(InputError, match=r"^data\.sources\.\*\.epochs={'few': 3} is not possible.* 0 for one source"):
+        make_config(sources={"few": few | {"epochs": 3}})
+
+
 def test_training_never_sees_what_is_held_out(make_config, tokenizer, model):
     data = make_config(sources={"python": {"kind": "python"}}).data
     mixed = mix_sources(data, open_sources(data), Encoder(tokenizer, model.vision, 70))
     source = open_documents(data.sources["python"], split="held_out")
     held_out = {source[i].name.split(" part ")[0] for i in range(len(source))}
     assert held_out
-    assert held_out.isdisjoint(mixed[i].name.split(" part ")[0] for i in range(5000))
+    assert held_out.isdisjoint(mixed[i].text.name.split(" part ")[0] for i in range(5000))
 
 
 def test_long_text_is_split_and_counted_across_a_resume(make_iterator, make_config, tokenizer, tmp_path):
@@ -184,7 +201,7 @@ def test_data_without_a_readable_record_is_an_error(make_iterator, make_config, 
         next(make_iterator(make_config(sources={"mine": {"path": str(path)}})))
 
 
-BAD_STATES = [[], None, {}, {"parent": {}, "waiting": [], "counters": {}}, {"format": 2, "num_workers": 0}]
+BAD_STATES = [[], None, {}, {"parent": {}, "waiting": [], "counters": {}}, {"format": 3, "num_workers": 0}]
 
 
 @pytest.mark.parametrize("state", BAD_STATES, ids=str)
@@ -193,15 +210,15 @@ def test_what_is_no_place_in_the_data_is_refused(make_iterator, state):
         make_iterator().set_state(state)
 
 
-def test_a_place_of_another_number_of_workers_is_refused(make_iterator):
+def test_a_place_of_another_batch_size_is_refused(make_iterator):
     iterator = make_iterator()
-    with pytest.raises(InputError, match=r"^data\.num_workers=0 is not possible: this run was saved with 2, "):
-        iterator.set_state(iterator.get_state() | {"num_workers": 2})
+    with pytest.raises(InputError, match=r"^data\.batch_size=4 is not possible: this run was saved with 8, "):
+        iterator.set_state(iterator.get_state() | {"num_shards": 8})
 
 
 def test_a_damaged_place_is_refused(make_iterator):
     iterator = make_iterator()
-    state = json.loads(json.dumps(iterator.get_state()).replace('"waiting": []', '"waiting": [3]'))
+    state = json.loads(json.dumps(iterator.get_state()).replace('"waiting": ""', '"waiting": "3"'))
     with pytest.raises(InputError, match="The place in the data is damaged"):
         iterator.set_state(state)
 
@@ -219,11 +236,14 @@ def test_a_missing_image_of_a_waiting_document_is_named_at_resume(make_iterator,
     for i in range(0, 40, 4):
         (tmp_path / f"{i}.png").unlink()
     named = r"'mine'.*mine\.jsonl line \d+: the image '\d+\.png' is missing.*allow_changes=true"
+    resumed = make_iterator(config)
+    resumed.set_state(state)
     with pytest.raises(InputError, match=named):
-        make_iterator(config).set_state(state)
+        list(itertools.islice(resumed, 40))
     resumed = make_iterator(dataclasses.replace(config, data=dataclasses.replace(config.data, allow_changes=True)))
     resumed.set_state(state)
-    next(resumed)
+    for _ in range(40):
+        next(resumed)
     assert read_counters(resumed)["mine"]["unreadable"] > 0
 
 

@@ -26,7 +26,9 @@ def batch(tokenizer, model):
         Document((Image(PIXELS), Text("q? ", loss=False), Text("<script>alert('x')</script>\n"), Image(TALL)), "a"),
         Document((Text("plain & simple"),), "b"),
     ]
-    return assemble([[encode(document) for document in documents], []], RowShape(352, 4, 1120, 48), tokenizer.tokens)
+    return assemble(
+        [[encode(document).read() for document in documents], []], RowShape(352, 4, 1120, 48), tokenizer.tokens
+    )
 
 
 def pictures(page):
@@ -108,7 +110,7 @@ def test_a_page_of_one_document_counts_it_as_one(tokenizer, model):
     encode = Encoder(tokenizer, model.vision, 70)
     document = Document((Text("q? ", loss=False), Image(PIXELS)), "one")
     page = preview_html(
-        [assemble([[encode(document)]], RowShape(352, 4, 1120, 48), tokenizer.tokens)], tokenizer, model, 1
+        [assemble([[encode(document).read()]], RowShape(352, 4, 1120, 48), tokenizer.tokens)], tokenizer, model, 1
     )
     assert "1 document · 1 image · " in page
     assert "left-out'" not in page

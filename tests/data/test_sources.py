@@ -2,6 +2,8 @@ import gzip
 import io
 import json
 import os
+import pickle
+import random
 import sys
 import tracemalloc
 from pathlib import Path
@@ -14,7 +16,7 @@ from gemma4_jax.data.document import Document, Image, Text
 from gemma4_jax.data.documents import open_documents
 from gemma4_jax.data.images import read_pixels
 from gemma4_jax.data.pipeline import make_train_iterator
-from gemma4_jax.data.sources import KINDS, Source, records
+from gemma4_jax.data.sources import KINDS, Source, fingerprint, records
 from gemma4_jax.data.sources.python_source import MAX_CHARACTERS, split_lines
 from gemma4_jax.data.sources.records import MAX_RECORD_BYTES
 from gemma4_jax.data.tasks import TASKS
@@ -185,11 +187,49 @@ def test_a_huge_line_is_neither_held_nor_read(tmp_path):
     assert [source[i].segments[0].text for i in (0, 2)] == ["one", "three"]
 
 
-def test_an_index_takes_24_bytes_a_record(tmp_path):
-    path = write_lines(tmp_path, *({"text": f"document {i}"} for i in range(5000)))
-    unit, index = records.find_records(path)
-    assert (unit, index.nbytes) == ("line", 24 * 5000)
-    assert jsonl(path)[4999].segments == (Text("document 4999"),)
+def test_an_index_takes_8_bytes_a_record_of_a_file_and_none_of_memory(tmp_path):
+    path = write_lines(tmp_path, *({"text": f"document {i}"} for i in range(5000)), *[""] * 100)
+    tracemalloc.start()
+    found = records.Records([path])
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(found), found._starts.numbers.nbytes, found._blanks.numbers.nbytes) == (5000, 8 * 5001, 8 * 100)
+    assert used < 30_000
+    assert records.find_records([path]) is records.find_records([path])  # once in a process
+    assert len(pickle.dumps(found)) < 2000  # what a worker process is sent
+    assert found.read(4999) == b'{"text": "document 4999"}'
+
+
+@pytest.mark.parametrize("part_bytes", [1, 3, 7, 64, 2**20])
+def test_lines_are_found_in_parts_of_any_size(tmp_path, part_bytes, monkeypatch):
+    monkeypatch.setattr(records, "_PART_BYTES", part_bytes)
+    rng = random.Random(part_bytes)
+    for i in range(30):
+        lines = [
+            rng.choice([b"", b" ", b"\t  \r", b"{}", b" {}\r", b"1" * rng.randrange(1, 9)])
+            for _ in range(rng.randrange(12))
+        ]
+        paths = [tmp_path / f"{i}-{half}" for half in "ab"]
+        for path in paths:
+            path.write_bytes(b"\n".join(lines))
+        found = records.Records(paths)
+        expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        assert [found.read(i) for i in range(len(found))] == [line for _, line in expected] * 2
+        names = [f"{path.name} line {number}" for path in paths for number, _ in expected]
+        assert [found.name(i) for i in range(len(found))] == names
+
+
+@pytest.mark.parametrize("depth", [3, 63, 64, 990, 1010, 100_000])
+def test_nesting_has_a_limit(depth):
+    for value in ("[" * depth + "]" * depth, '{"a": ' * depth + "1" + "}" * depth, "[" * depth):
+        content = f'{{"text": "[[\\"[{{{{", "more": {value}}}'.encode()
+        if depth < 64 and value.endswith(("]", "}")):
+            assert records.parse_json(content)
+            continue
+        with pytest.raises(InputError, match="nested too deeply" if depth > 63 else "Expecting"):
+            records.parse_json(content)
+    flat = json.dumps({"text": "[" * 1000 + '\\"' + "{" * 1000, "list": [[]] * 1000})
+    assert records.parse_json(flat.encode()) == json.loads(flat)
 
 
 @pytest.mark.parametrize("kind", [{"text": "a"}, {"image": "a.png"}])
@@ -221,20 +261,20 @@ def test_data_is_known_by_what_it_holds(tmp_path, monkeypatch):
 
 
 def test_a_large_file_is_known_by_its_size_and_some_of_its_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "WHOLE_BYTES", 2**20)
+    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 2**20)
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(2**30)  # a file of holes
-    known = records.file_fingerprint(path)
+    known = fingerprint.file_fingerprint(path)
     for place in (0, 2**30 - 1):
         with path.open("r+b") as file:
             file.seek(place)
             file.write(b"x")
-        changed = records.file_fingerprint(path)
+        changed = fingerprint.file_fingerprint(path)
         assert changed != known
         known = changed
     os.truncate(path, 2**30 + 1)
-    assert records.file_fingerprint(path) != known
+    assert fingerprint.file_fingerprint(path) != known
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

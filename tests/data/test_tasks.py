@@ -21,9 +21,10 @@ def test_segments_are_spelt_out():
 
 
 def test_text_is_a_string_utf8_or_a_number():
-    for given, expected in [("a", "a"), ("ä".encode(), "ä"), (3, "3"), (np.int64(7), "7"), (0.5, "0.5")]:
+    numbers = [(3, "3"), (np.int64(7), "7"), (0.5, "0.5"), (10**400, str(10**400))]
+    for given, expected in [("a", "a"), ("ä".encode(), "ä"), *numbers]:
         assert TASKS["text"](text=given) == Document((Text(expected),))
-    for given in (None, True, ["a"], {"a": 1}):
+    for given in (None, True, ["a"], {"a": 1}, float("nan"), np.float32("inf")):
         with pytest.raises(InputError, match=r"text cannot be .*: give a string, UTF-8 or a number"):
             TASKS["text"](text=given)
 

@@ -35,8 +35,8 @@ def _recorded(layer: type[nnx.Module]) -> Iterator[list[np.ndarray]]:
     found: list[np.ndarray] = []
     original = layer.__call__
 
-    def call(self, *args):
-        result = original(self, *args)
+    def call(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
         first = result[0] if isinstance(result, tuple) else result
         jax.debug.callback(lambda x: found.append(np.asarray(x, np.float32)), first, ordered=True)
         return result

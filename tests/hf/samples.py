@@ -15,7 +15,7 @@ from gemma4_jax.audio.features import num_frame_places, num_soft_tokens
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config, SpecialTokens
 from gemma4_jax.data.assemble import assemble
-from gemma4_jax.data.encode import Example
+from gemma4_jax.data.example import Example
 from gemma4_jax.data.images import ImagePatches, cut_patches
 from gemma4_jax.data.pack import RowShape
 from gemma4_jax.hf.names import Tensor, tensors

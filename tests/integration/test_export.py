@@ -86,7 +86,7 @@ def test_same_logits_from_files_to_logits(config, tokenizer, model, export, thei
     ]
 
     document = Document(tuple(Text(part) if isinstance(part, str) else Image(part) for part in parts), "sample")
-    example = Encoder(tokenizer, config.vision, MAX_SOFT_TOKENS)(document)
+    example = Encoder(tokenizer, config.vision, MAX_SOFT_TOKENS)(document).read()
     patches = sum(len(image.patches) for image in example.images)
     shape = RowShape(len(example.tokens), len(example.images), patches, config.vision.patch_dim)
     rows = jax.tree.map(jnp.asarray, assemble([[example]], shape, config.tokens))

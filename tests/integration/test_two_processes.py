@@ -1,4 +1,4 @@
-"""A run of two real processes: it ends, goes on where it was cut off, and both say the same of it."""
+"""A run of two real processes: it ends, goes on where it was cut off, with one as well, and both say the same of it."""
 
 import json
 import os
@@ -11,25 +11,26 @@ from pathlib import Path
 import pytest
 
 
-def run(run_dir: Path, num_steps: int) -> list[str]:
-    """What the two processes say of a run, once both have ended."""
+def run(run_dir: Path, num_steps: int, count: int = 2) -> list[str]:
+    """What so many processes say of a run, once all have ended."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "tests.integration.two_processes"]
-    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={2 // count}")
+    environment = {**os.environ, "XLA_FLAGS": flags}
     started = [
         subprocess.Popen(
-            [*command, str(process), port, str(run_dir), str(num_steps)],
+            [*command, str(process), str(count), port, str(run_dir), str(num_steps)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
         )
-        for process in range(2)
+        for process in range(count)
     ]
     said = [process.communicate(timeout=600) for process in started]
-    assert [process.returncode for process in started] == [0, 0], [errors[-2000:] for _, errors in said]
+    assert [process.returncode for process in started] == [0] * count, [errors[-2000:] for _, errors in said]
     return [output.splitlines()[-1] for output, _ in said]
 
 
@@ -49,10 +50,11 @@ def test_a_run_of_two_processes_goes_on_where_it_was_cut_off(tmp_path):
         assert said[0] == said[1], name
     assert len(losses(whole)) == 4
 
-    shutil.rmtree(whole / "checkpoints" / "4")  # as if it had been killed before it was whole
-    (whole / "summary.json").unlink()
     before = losses(whole)
-    run(whole, 4)
-    assert losses(whole) == before
+    for count in (2, 1):
+        shutil.rmtree(whole / "checkpoints" / "4")  # as if it had been killed before it was whole
+        (whole / "summary.json").unlink()
+        run(whole, 4, count)
+        assert losses(whole) == before
     first, second = run(whole, 4)  # a finished run is left alone by both
     assert first == second

@@ -1,6 +1,6 @@
-"""One of two processes of a run that is taken to its end, or as far as it says.
+"""One of the processes of a run on two devices that is taken to its end, or as far as it says.
 
-python -m tests.integration.two_processes PROCESS PORT RUN_DIR NUM_STEPS
+python -m tests.integration.two_processes PROCESS COUNT PORT RUN_DIR NUM_STEPS
 """
 
 import sys
@@ -13,10 +13,10 @@ from gemma4_jax.train.loop import train
 from tests.train.tiny import typed
 
 
-def main(process: str, port: str, run_dir: str, num_steps: str) -> None:
+def main(process: str, count: str, port: str, run_dir: str, num_steps: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_num_cpu_devices", 1)
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
+    jax.config.update("jax_num_cpu_devices", 2 // int(count))
+    jax.distributed.initialize(f"localhost:{port}", num_processes=int(count), process_id=int(process))
     config = command_line.load(Path(__file__).parents[1] / "train" / "tiny.py")
     config.model.text.num_layers, config.model.text.num_kv_shared_layers = 2, 0
     config.run_dir, config.train.num_steps = run_dir, int(num_steps)

@@ -116,7 +116,7 @@ def assert_one_sentence(captured, status, *parts):
         (["train", f"--config={'long' * 100}.py"], ["longlong", "name too long"]),
         (["preview", "--config=missing.py"], ["missing.py", "no such file"]),
         (["preview", "--config=base", "--uot=page.html"], ["--uot=page.html", "nearest is --out"]),
-        (["trian"], ["'trian'", "train, fields, preview, export"]),
+        (["trian"], ["'trian'", "train, fields, preview, prepare, export"]),
         (["export"], ["RUN_DIR and OUT_DIR", "nothing"]),
         (["export", "a", "b", "c"], ["RUN_DIR and OUT_DIR", "a b c"]),
         (["export", "--run=a", "b"], ["RUN_DIR and OUT_DIR", "--run=a b"]),
@@ -249,8 +249,15 @@ def of_lines(path: Path, *records: dict) -> list[str]:
 
 def test_a_row_that_does_not_spread_evenly(capsys, tmp_path):
     mesh = "--config.mesh={'data':1,'fsdp':1,'expert':1,'context':8,'tensor':1}"
-    status = train(tmp_path / "run", mesh, "--config.data.seq_len=180")
-    assert_one_sentence(capsys.readouterr(), status, "data.seq_len=180", "a multiple of mesh.context=8")
+    status = train(tmp_path / "run", mesh, "--config.data.seq_len=184")
+    assert_one_sentence(capsys.readouterr(), status, "data.seq_len=184", "a multiple of 16, two chunks for each shard")
+
+
+def test_attention_that_no_layer_can_use(capsys, tmp_path):
+    status = train(tmp_path / "run", "--config.train.attention=interval")
+    assert_one_sentence(
+        capsys.readouterr(), status, "attention='interval'", "written for TPUs", "must be auto, blockwise or"
+    )
 
 
 def test_a_run_that_cannot_begin_claims_no_run_directory(capsys, tmp_path):
@@ -293,7 +300,7 @@ def test_a_data_set_of_which_nothing_can_be_read(capsys, tmp_path):
     assert_one_sentence(
         capsys.readouterr(),
         status,
-        "40 of 40 documents read of 'mine'",
+        "documents read of 'mine' were left out",
         "mine.jsonl line 1: broken.png: ",
         "cannot be decoded",
         "PNG",

@@ -227,7 +227,7 @@ def test_check(converted, damaged, capsys, tmp_path):
     assert status == 0
     assert out.endswith("step 1: unknown, it was written without checksums\n")
     assert "holds no checkpoint" in refused(capsys, "check", tmp_path)
-    assert "one RUN_DIR" in refused(capsys, "check")
+    assert "one folder" in refused(capsys, "check")
 
 
 def test_an_export_is_of_the_newest_intact_checkpoint_and_says_so(release, damaged, capsys, tmp_path):

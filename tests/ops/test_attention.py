@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from gemma4_jax.errors import InputError
-from gemma4_jax.ops.attention import IMPLEMENTATIONS, Implementation, Shape, attend, choose, with_halo
+from gemma4_jax.ops.attention import IMPLEMENTATIONS, Implementation, Shape, attend, check_policy, choose
 from gemma4_jax.ops.attention.spans import Spans, document_spans, member_spans
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import make_mesh
@@ -95,9 +94,8 @@ def by_hand(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np
     return out
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in IMPLEMENTATIONS if name not in {"interval"}]
-)  # tests/ops/test_interval.py has that
+# Kernels have tests of their own.
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name not in {"interval", "mosaic_gpu"}])
 def test_every_implementation_is_a_softmax_over_the_span_for_each_head_of_its_group(name):
     q, k, v = random(2, 14, 6, 4, seed=0), random(2, 14, 3, 4, seed=1), random(2, 14, 3, 4, seed=2)
     spans = spans_of(SEGMENTS, None if name == "banded" else IMAGES, 3)  # images have no bound that it could know
@@ -185,25 +183,9 @@ MESHES = [{"data": 2, "tensor": 4}, {"context": 2, "fsdp": 2, "tensor": 2}, {"co
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize(("name", "case"), able(IMPLEMENTATIONS, ["sliding", "cache", "window", "heard"]))
 def test_on_a_mesh_it_is_the_same(name, case, mesh):
-    """Among them: positions that are spread, fewer key-value heads than shards of heads."""
+    """Among them: queries that are spread, fewer key-value heads than shards of heads."""
     given = outputs_and_gradients(name, case, jnp.float32, tuple(mesh.items()))
     assert_close(given, outputs_and_gradients("reference", case, jnp.float32), TOLERANCE)
-
-
-@pytest.mark.parametrize(("back", "ahead"), [(0, 0), (3, 0), (12, 5), (40, 30)])
-def test_a_halo_is_what_the_whole_has_around_a_shard(back, ahead):
-    """Shards of 12 positions: less than one on either side, one, and several."""
-    x = random(2, 96, 3, seed=0)
-    with jax.set_mesh(make_mesh({"context": 8})):
-        spread = jax.jit(
-            jax.shard_map(
-                lambda x: with_halo(x, back, ahead), in_specs=P(None, "context"), out_specs=P(None, "context")
-            )
-        )
-        shards = np.split(np.asarray(spread(x)), 8, axis=1)
-    around = np.pad(x, ((0, 0), (back, ahead), (0, 0)))
-    for i, shard in enumerate(shards):
-        np.testing.assert_array_equal(shard, around[:, 12 * i : 12 * i + back + 12 + ahead])
 
 
 def test_blocks_that_nobody_sees_are_not_visited():
@@ -220,14 +202,33 @@ def test_the_choice_is_the_first_that_can_and_names_why_others_cannot(caplog):
     caplog.set_level("INFO")
     assert choose(KernelPolicy(), Shape(512, 512, 64)) == "blockwise"
     assert choose(KernelPolicy(), Shape(1, 511, 64)) == "reference"
-    assert "not blockwise: it has fewer queries than a block, which is 64)" in caplog.text
-    caplog.clear()
+    assert "not blockwise: it has fewer queries than a block, which is 64;" in caplog.text
+    assert choose(KernelPolicy("gpu"), Shape(512, 512, 256)) == "blockwise"
+    with pytest.raises(InputError, match=r"attention='flash' is not possible: .* one of interval, banded, blockwise"):
+        choose(KernelPolicy(attention="flash"), Shape(512, 512, 64))
+
+
+def test_a_name_that_cannot_compute_one_kind_of_layer_gives_way_there_with_a_warning(caplog):
     assert choose(KernelPolicy(attention="blockwise"), Shape(1, 510, 64)) == "reference"
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "not blockwise: it has fewer queries than a block" in record.getMessage()
-    with pytest.raises(InputError, match=r"attention='flash' is not possible: .* one of interval, banded, blockwise"):
-        choose(KernelPolicy(attention="flash"), Shape(512, 512, 64))
+
+
+def test_a_name_that_can_compute_no_layer_is_refused():
+    sliding, causal, patches = Shape(512, 512, 64, 63, 0), Shape(512, 512, 128, None, 0), Shape(512, 512, 16)
+    for name in ("auto", "banded", "blockwise", "reference"):
+        check_policy(KernelPolicy(attention=name), [sliding, causal])
+    with pytest.raises(
+        InputError,
+        match=r"^attention='interval' is not possible for any layer of this model on cpu \(it is written for TPUs\): "
+        r"it must be auto, banded, blockwise or reference\.$",
+    ):
+        check_policy(KernelPolicy(attention="interval"), [sliding, causal, patches])
+    with pytest.raises(InputError, match=r"on gpu \(nothing bounds how far a query sees\): it must be auto, blockwise"):
+        check_policy(KernelPolicy("gpu", "banded"), [causal, patches])
+    with pytest.raises(InputError, match=r"attention='flash' is not possible: it must be auto, or one of interval"):
+        check_policy(KernelPolicy(attention="flash"), [sliding])
 
 
 def test_a_stranger_registers_an_implementation_in_a_few_lines(monkeypatch):

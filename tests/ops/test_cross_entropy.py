@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ def by_token(hidden, table, targets, weights, chunk, cap=30.0):
 
 
 def in_total(hidden, table, targets, weights, chunk, cap=30.0):
-    return -total_log_prob(hidden, Head(table, cap), targets, weights, chunk=chunk)
+    return -total_log_prob(hidden, Head(table, cap), targets, weights, chunk=chunk)[0]
 
 
 LOSSES = pytest.mark.parametrize("loss", [by_token, in_total])
@@ -60,6 +62,50 @@ def test_value_and_gradient_are_those_of_the_whole(inputs, cap, chunk, masked, l
     given, expected = (
         jax.value_and_grad(function, argnums=(0, 1, 2))(hidden, table, weights) for function in (in_chunks, at_once)
     )
+    for ours, plain in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=TOLERANCE * np.abs(plain).max())
+
+
+def with_z_loss(hidden, table, targets, weights, cap):
+    """Losses and squared log-sum-exps of all logits at once, summed."""
+    logits = hidden @ table.T
+    log_sum = jax.nn.logsumexp(cap * jnp.tanh(logits / cap) if cap else logits, axis=-1)
+    return whole(hidden, table, targets, weights, cap) + 0.3 * jnp.sum(weights * log_sum**2)
+
+
+def z_loss_in_chunks(hidden, table, targets, weights, cap):
+    return -total_log_prob(hidden, Head(table, cap), targets, weights, chunk=4, z_weight=0.3)[0]
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.5])
+def test_the_z_loss_is_the_squared_log_sum_exp_in_value_and_gradient(inputs, cap):
+    hidden, table, targets, weights = inputs
+    given, expected = (
+        jax.value_and_grad(function, argnums=(0, 1, 3))(hidden, table, targets, weights, cap)
+        for function in (z_loss_in_chunks, with_z_loss)
+    )
+    for ours, plain in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=TOLERANCE * np.abs(plain).max())
+    total, z_loss = total_log_prob(hidden, Head(table, cap), targets, weights, chunk=4, z_weight=0.3)
+    np.testing.assert_allclose(-total - 0.3 * z_loss, whole(hidden, table, targets, weights, cap), rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.5])
+def test_over_a_sharded_vocabulary_loss_and_z_loss_are_the_same(cap):
+    """No device has all logits of a position."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, table = jax.random.normal(keys[0], (2, 12, 4)), jax.random.normal(keys[1], (32, 4))
+    targets, weights = jax.random.randint(keys[2], (2, 12), 0, 32), jnp.ones((2, 12))
+    expected = jax.value_and_grad(with_z_loss, argnums=(0, 1))(hidden, table, targets, weights, cap)
+    with jax.set_mesh(make_mesh({"tensor": 4, "data": 2})):
+        place = functools.partial(NamedSharding, jax.sharding.get_mesh())
+        rows, table = place(PartitionSpec(BATCH_AXES)), jax.device_put(table, place(PartitionSpec("tensor")))
+        arrays = [jax.device_put(x, rows) for x in (hidden, targets, weights)]
+        gradient = jax.jit(jax.value_and_grad(z_loss_in_chunks, argnums=(0, 1)), static_argnums=4)
+        compiled = gradient.lower(arrays[0], table, *arrays[1:], cap).compile()
+        given = compiled(arrays[0], table, *arrays[1:])
+    assert "f32[4,8]" in compiled.as_text()  # 4 positions of a row, a quarter of the vocabulary
+    assert ",32]" not in compiled.as_text()
     for ours, plain in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=0, atol=TOLERANCE * np.abs(plain).max())
 

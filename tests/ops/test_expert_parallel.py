@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.ops import expert_parallel
 from gemma4_jax.ops.expert_parallel import IMPLEMENTATIONS, apply_experts, choose
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import make_mesh
@@ -100,9 +101,11 @@ def test_in_bfloat16_only_what_lies_between_two_products_is_rounded(implementati
 
 
 def test_what_is_auto_goes_by_the_platform_and_what_does_not_exist_there_is_refused():
-    assert [choose(KernelPolicy(platform)) for platform in ("cpu", "gpu", "tpu")] == ["blocks", "blocks", "megablox"]
-    assert choose(KernelPolicy(experts="ragged")) == "ragged"
-    assert choose(KernelPolicy("tpu", experts="megablox")) == "megablox"
+    assert [choose(KernelPolicy(platform)).implementation for platform in ("cpu", "gpu", "tpu")] == [
+        "blocks", "blocks", "megablox",
+    ]  # fmt: skip
+    assert choose(KernelPolicy(experts="ragged")).implementation == "ragged"
+    assert choose(KernelPolicy("tpu", experts="megablox")).implementation == "megablox"
     with pytest.raises(
         InputError, match=r"experts='fast' is not possible on tpu: .* auto, blocks, megablox, ragged or"
     ):
@@ -111,6 +114,13 @@ def test_what_is_auto_goes_by_the_platform_and_what_does_not_exist_there_is_refu
         InputError, match=r"experts='megablox' is not possible on cpu: .* auto, blocks, ragged or dense"
     ):
         choose(KernelPolicy("cpu", experts="megablox"))
+
+
+def test_tokens_are_gathered_unless_the_other_exchange_is_named_where_it_exists():
+    assert [choose(KernelPolicy(platform)).exchange for platform in ("cpu", "gpu", "tpu")] == ["gather"] * 3
+    assert choose(KernelPolicy("tpu", expert_exchange="ragged")).exchange == "ragged"
+    with pytest.raises(InputError, match=r"expert_exchange='ragged' is not possible on cpu: it must be auto or gather"):
+        choose(KernelPolicy("cpu", expert_exchange="ragged"))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -194,3 +204,78 @@ def test_nothing_is_dropped_on_a_mesh_that_divides_neither_rows_nor_positions(ki
     with jax.set_mesh(make_mesh({"expert": 4, "context": 2})):
         spread = value_and_gradients(experts, inputs)
     assert_close(spread, alone)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """`ragged_all_to_all`, which does not exist on CPU, as gathers: each device takes what was sent to it."""
+
+    def emulate(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+        here = jax.lax.axis_index(axis_name)
+        sent = [jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)]
+        taken = jnp.zeros(len(output), bool)
+        for source, (rows, first, sizes, places) in enumerate(zip(*sent, strict=True)):
+            row = jnp.arange(len(output)) - places[here]
+            is_own = (row >= 0) & (row < sizes[here])
+            output = jnp.where(is_own[:, None], rows[jnp.clip(row + first[here], 0, len(rows) - 1)], output)
+            is_promised = (
+                (sizes[here] == recv_sizes[source]) & (jnp.sum(is_own) == sizes[here]) & ~(taken & is_own).any()
+            )
+            taken |= is_own
+            if jnp.issubdtype(output.dtype, jnp.floating):
+                output = jnp.where(is_promised, output, jnp.nan)
+        return output
+
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulate)
+
+
+def assert_spread_is_alone(inputs, sizes, **given):
+    """What experts give on a mesh is what they give on one device."""
+
+    def experts(*inputs):
+        return apply_experts(*inputs, **given)
+
+    with jax.set_mesh(make_mesh(sizes)):
+        spread = value_and_gradients(experts, inputs)
+    assert_close(spread, value_and_gradients(naive, inputs))
+
+
+@pytest.mark.parametrize("kind", LOADS)
+@pytest.mark.parametrize(
+    "sizes", [{"data": 4, "expert": 2}, {"expert": 8}, {"expert": 2, "context": 2, "tensor": 2}], ids=str
+)
+def test_tokens_that_are_sent_to_their_experts_alone_come_back_complete(sizes, kind, inputs, emulated):
+    assert_spread_is_alone(load(inputs, kind), sizes, implementation="blocks", exchange="ragged")
+
+
+def test_a_token_travels_to_a_device_once_and_padding_nowhere(inputs, emulated, monkeypatch):
+    sent, plain = [], jax.lax.ragged_all_to_all
+
+    def count(operand, output, first, sizes, *rest, axis_name):
+        if operand.ndim == 2 and operand.shape[1] == D:
+            jax.debug.callback(lambda sizes: sent.append(int(sizes.sum())), sizes)
+        return plain(operand, output, first, sizes, *rest, axis_name=axis_name)
+
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", count)
+    x, choices, *rest = inputs
+    is_token = jnp.arange(T) < jnp.array([T, 4, 0, 1, T, 2, 3, 5])[:, None]
+    with jax.set_mesh(make_mesh({"data": 4, "expert": 2})):
+        out = jax.jit(
+            lambda *inputs: apply_experts(*inputs, implementation="blocks", exchange="ragged", is_token=is_token)
+        )(x, choices, *rest)
+        jax.block_until_ready(out)
+        jax.effects_barrier()
+    shards = [len({int(c) // (E // 2) for c in chosen}) for chosen in choices[is_token]]
+    assert sum(sent) == 2 * sum(shards)  # there and back
+
+
+@pytest.mark.parametrize("kind", LOADS)
+@pytest.mark.parametrize("sizes", [{"expert": 8}, {"fsdp": 2, "expert": 4}], ids=str)
+def test_a_device_works_through_more_choices_than_its_share_in_pieces(sizes, kind, inputs, monkeypatch):
+    monkeypatch.setattr(expert_parallel, "PIECE", 0.8)
+    assert_spread_is_alone(load(inputs, kind), sizes, implementation="ragged")
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 4, "fsdp": 2}, {"expert": 2, "context": 2, "tensor": 2}], ids=str)
+def test_the_kernels_for_tpu_are_right_on_a_mesh_as_far_as_they_can_be_interpreted(sizes, inputs):
+    assert_spread_is_alone(inputs, sizes, implementation="megablox")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma4_jax.ops.grouped import IMPLEMENTATIONS, block_size, grouped, matrix_tile, sort_by_group
+from gemma4_jax.ops.grouped import BLOCKS, IMPLEMENTATIONS, grouped, matrix_tile, sort_by_group, visit_blocks
 
 E, K, N, R = 4, 6, 5, 150
 
@@ -117,9 +117,17 @@ def test_sorting_keeps_the_order_within_a_group_and_puts_strangers_last():
     np.testing.assert_array_equal(sizes, [2, 0, 2])
 
 
-def test_blocks_are_half_a_group_within_bounds():
-    assert [block_size(1024, groups) for groups in (1, 4, 8, 16, 1024)] == [256, 128, 64, 32, 32]
-    assert block_size(1, 128) == 32
+@pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 150, 224, 225, 256, 257, 1000])
+def test_blocks_lie_side_by_side_and_less_than_one_of_the_least_only_fills(rows):
+    def count(at, block, carry):
+        visited, blocks = carry
+        return visited.at[at + jnp.arange(block)].add(1), blocks.at[BLOCKS.index(block)].add(1)
+
+    nothing = jnp.zeros(rows + 5 + BLOCKS[-1], jnp.int32), jnp.zeros(len(BLOCKS), jnp.int32)
+    visited, blocks = visit_blocks(jnp.int32(5), jnp.int32(5 + rows), count, nothing, num_rows=rows)
+    stop = 5 + -(-rows // BLOCKS[-1]) * BLOCKS[-1]
+    np.testing.assert_array_equal(visited, (np.arange(len(visited)) >= 5) & (np.arange(len(visited)) < stop))
+    assert blocks[1:].max() <= 1
 
 
 def test_tiles_stay_whole_in_one_axis_fit_and_waste_little():

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gemma4_jax.data.encode import Example
+from gemma4_jax.data.example import Example
 from gemma4_jax.errors import InputError
 from gemma4_jax.sharding import make_mesh
 from gemma4_jax.tokenizer import Tokenizer

@@ -88,11 +88,18 @@ def shrink_parameters(run, batch):
     return batch
 
 
+def spoil_router(run, batch):
+    kernel = run.state.trained["decoder"]["own"]["layers"][1]["moe"]["router"]["kernel"]
+    kernel.set_value(kernel.get_value().at[0, 2, 1].set(np.nan))
+    return batch
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [
         (lose_loss, "the loss or its gradient is not a number at step 3"),
+        (spoil_router, "the loss or its gradient is not a number, first in the router of layer 1, at step 3"),
         (shrink_parameters, "the update is larger than float32 can add to the parameters at step 3"),
     ],
 )

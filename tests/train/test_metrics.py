@@ -63,9 +63,9 @@ def test_log_is_one_line_per_step_across_a_crash(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 6, "lo')  # killed while writing
     log = MetricsLog(tmp_path, 3, tensorboard=False)
-    log.write(dict.fromkeys(MEASURED, 1) | {"step": 4, "loss": float("nan")})
+    log.write(dict.fromkeys(MEASURED, 1) | {"step": 4, "loss": float("nan"), "expert_load": [[float("nan")] * 2]})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
-    assert read_records(path)[-1]["loss"] is None
+    assert read_records(path)[-1]["loss"] is read_records(path)[-1]["expert_load"] is None
     log.close()
 
 

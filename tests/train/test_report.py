@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from gemma4_jax.data.charts import heat_map, line_chart, ticks
 from gemma4_jax.data.tally import COUNTERS
-from gemma4_jax.train.charts import heat_map, line_chart, ticks
 from gemma4_jax.train.evaluators.answers import Reading
 from gemma4_jax.train.report import summarize, write_report, write_summary
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma4_jax.data.chat_templates import PLAIN
 from gemma4_jax.errors import InputError
 from gemma4_jax.fields import to_dict
 from gemma4_jax.tokenizer import Tokenizer
@@ -145,3 +146,22 @@ def test_the_home_of_the_user(tiny_config, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HOME", str(tmp_path))
     tiny_config.run_dir = "~/run"
     assert open_tiny(tiny_config) == tmp_path / "run"
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+@pytest.mark.parametrize(("record", "carries"), [(CHAT, True), ({"text": "plain"}, False)])
+def test_a_run_carries_the_plain_template_if_chats_are_written_by_it(tiny_config, tmp_path: Path, record, carries):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"broken": 1}) + "\n" + json.dumps(record))
+    tiny_config.data.sources = {"mine": {"path": f"{tmp_path}/mine.jsonl"}}
+    template = open_tiny(tiny_config) / "tokenizer" / "chat_template.jinja"
+    assert template.is_file() == carries
+    assert not carries or template.read_text("utf-8") == PLAIN.read_text("utf-8")
+
+
+def test_a_run_with_a_template_carries_that(tiny_config, tmp_path: Path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(CHAT))
+    tiny_config.data.sources = {"mine": {"path": f"{tmp_path}/mine.jsonl"}}
+    tiny_config.tokenizer = str(release(tmp_path / "model"))
+    assert (open_tiny(tiny_config) / "tokenizer" / "chat_template.jinja").read_text() == "{{ messages }}"

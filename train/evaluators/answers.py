@@ -17,7 +17,7 @@ from flax import nnx
 
 from gemma4_jax.batch import Batch
 from gemma4_jax.data.assemble import assemble
-from gemma4_jax.data.encode import Example
+from gemma4_jax.data.example import Example
 from gemma4_jax.data.images import join_patches
 from gemma4_jax.data.pack import RowShape
 from gemma4_jax.data.pipeline import held_out_rows, held_out_source

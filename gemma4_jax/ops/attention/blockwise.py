@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gemma4_jax.ops.attention.spans import Spans
 
 BLOCK = 64
-"""Queries, and keys, to a block."""
+"""Queries, and keys, to a block of a short row."""
 
 _MASKED = -1e30
 

@@ -41,7 +41,12 @@ class Spans:
 
 
 def document_spans(
-    positions: jax.Array, index: jax.Array, *, window: int | None = None, image_ids: jax.Array | None = None
+    positions: jax.Array,
+    index: jax.Array,
+    *,
+    window: int | None = None,
+    image_ids: jax.Array | None = None,
+    image_tokens: int | None = None,
 ) -> Spans:
     """Spans of tokens that see what came before them in their document.
 
@@ -51,19 +56,24 @@ def document_spans(
       window: keys that a query may see up to itself; None is no limit.
       image_ids: [B, T] int32, the image that a soft token belongs to, 0 for none: soft tokens see their image to its
         end. The window bounds the look back only. None is causal throughout.
+      image_tokens: soft tokens that an image has at most; None is no limit.
     """
     back = positions if window is None else jnp.minimum(positions, window - 1)
-    ahead = 0 if image_ids is None else jnp.where(image_ids > 0, _runs(image_ids)[1], 0)
-    is_causal = image_ids is None
-    return Spans(
-        index - back, index + ahead + 1, None if window is None else window - 1, ahead=0 if is_causal else None
-    )
+    most_back = None if window is None else window - 1
+    if image_ids is None or image_tokens == 0:
+        return Spans(index - back, index + 1, most_back, ahead=0)
+    ahead = jnp.where(image_ids > 0, _runs(image_ids)[1], 0)
+    return Spans(index - back, index + ahead + 1, most_back, None if image_tokens is None else image_tokens - 1)
 
 
-def text_spans(config: TextConfig, positions: jax.Array, index: jax.Array, image_ids: jax.Array) -> tuple[Spans, Spans]:
+def text_spans(
+    config: TextConfig, positions: jax.Array, index: jax.Array, image_ids: jax.Array, image_tokens: int | None = None
+) -> tuple[Spans, Spans]:
     """The spans of sliding and of global layers of a decoder. Arguments as in `document_spans`."""
     blocks = image_ids if config.image_blocks_bidirectional else None
-    sliding = document_spans(positions, index, window=config.sliding_window, image_ids=blocks)
+    sliding = document_spans(
+        positions, index, window=config.sliding_window, image_ids=blocks, image_tokens=image_tokens
+    )
     return sliding, document_spans(positions, index)
 
 

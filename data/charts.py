@@ -1,4 +1,4 @@
-"""Line charts and heat maps as SVG text, for pages that need no network and no plotting library."""
+"""Line charts, histograms and heat maps as SVG text, for pages that need no network and no plotting library."""
 
 import html
 import math
@@ -10,6 +10,7 @@ _WIDTH, _HEIGHT = 520, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 30, 26
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706")
 _MAX_POINTS = 300
+_BINS = 40
 
 
 def line_chart(title: str, series: Mapping[str, Points], *, includes: Sequence[float] = ()) -> str:
@@ -52,6 +53,50 @@ def line_chart(title: str, series: Mapping[str, Points], *, includes: Sequence[f
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in places]
         if len(drawn) > 1:
             parts.append(_text(_WIDTH - _RIGHT - 90 * (len(drawn) - 1 - i), 18, label, "end", colour=colour))
+    return _svg(_WIDTH, _HEIGHT, parts)
+
+
+def histogram(title: str, values: Sequence[float], *, unit: str, marks: Mapping[str, float] | None = None) -> str:
+    """How often values are how large.
+
+    Args:
+      title: above the chart.
+      values: at least 0, in no order.
+      unit: of what there are so many, such as "documents".
+      marks: label -> a value that is marked by a vertical line, if the axis reaches so far.
+    Returns:
+      An <svg> element; empty text where there is nothing to draw.
+    """
+    if not values:
+        return ""
+    x_ticks = ticks(0, max(values), are_whole=True)
+    width = x_ticks[-1] / _BINS
+    counts = [0] * _BINS
+    for value in values:
+        counts[min(_BINS - 1, int(value / width))] += 1
+    y_ticks = ticks(0, max(counts), are_whole=True)
+    across, up = (_WIDTH - _LEFT - _RIGHT) / x_ticks[-1], (_HEIGHT - _TOP - _BOTTOM) / y_ticks[-1]
+    parts = [_text(_LEFT, 18, title, "start", "title")]
+    for tick in y_ticks:
+        y = _HEIGHT - _BOTTOM - tick * up
+        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(_text(_LEFT - 6, y + 4, _number(tick), "end"))
+    parts += [_text(_LEFT + tick * across, _HEIGHT - 8, _number(tick), "middle") for tick in x_ticks]
+    for i, count in enumerate(counts):
+        if count:
+            label = f"{_number(i * width)} to {_number((i + 1) * width)}: {count:,} {unit}"
+            parts.append(
+                f'<rect x="{_LEFT + i * width * across + 0.5:.1f}" y="{_HEIGHT - _BOTTOM - count * up:.1f}" '
+                f'width="{width * across - 1:.1f}" height="{count * up:.1f}" fill="{_COLOURS[0]}">'
+                f"<title>{html.escape(label)}</title></rect>"
+            )
+    for label, value in (marks or {}).items():
+        if value <= x_ticks[-1]:
+            x = _LEFT + value * across
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}" stroke="{_COLOURS[1]}"/>'
+            )
+            parts.append(_text(x - 4, _TOP + 8, label, "end", colour=_COLOURS[1]))
     return _svg(_WIDTH, _HEIGHT, parts)
 
 
