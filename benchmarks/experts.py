@@ -133,9 +133,7 @@ transformers {transformers} with torch {torch}, whose experts are torch's `group
 | one core, CPU time a step, s | {of_one[our_cpu]:.2f} | {of_one[their_cpu]:.2f} | {of_one[cpu_ratio]:.2f} |
 | peak memory, MiB | {of_two[our_peak]:,.0f} | {of_two[their_peak]:,.0f} | {of_two[peak_ratio]:.2f} |
 
-The machine was in use by others. That slows a program whose threads wait for each other, as torch's do, most of all,
-so the first line flatters ours; the CPU time on one core is what they change least. Four fifths of it is what a step
-without the experts takes."""
+Most of a step is what one without experts takes."""
 
 
 def loss_gradient(function: Callable[..., jax.Array], inputs: tuple[jax.Array, ...]) -> Callable[..., Any]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from gemma4_jax.configs import base
 from gemma4_jax.counts import count_active_parameters
+from gemma4_jax.data.charts import line_chart
 from gemma4_jax.run_config import RunConfig
-from gemma4_jax.train.charts import line_chart
 from gemma4_jax.train.loop import train
 
 DOCS = Path(__file__).parents[1] / "docs"
