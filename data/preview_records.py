@@ -183,10 +183,12 @@ def image_figure(image: SizedImage) -> str:
 
 def _sound_figure(sound: Sound | None, features: np.ndarray) -> str:
     """A player, and the features that the tower hears: time to the right, high tones above."""
+    player = "" if sound is None else _player(sound)
+    if not features.size:
+        return f"<figure><figcaption>too short for a frame</figcaption>{player}</figure>"
     low, high = features.min(), features.max()
     levels = ((features - low) / max(high - low, 1e-6) * 255).astype(np.uint8).T[::-1]
     picture = png_source(PIL.Image.fromarray(np.ascontiguousarray(levels)))
-    player = "" if sound is None else _player(sound)
     return f"<figure><img class='spectrogram' src='{picture}' alt='spectrogram'>{player}</figure>"
 
 

@@ -115,7 +115,7 @@ def _in_float32(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
-def _soft_cap(raw: jax.Array, cap: float) -> tuple[jax.Array, jax.Array]:
+def soft_cap(raw: jax.Array, cap: float) -> tuple[jax.Array, jax.Array]:
     """[R, V] logits before the cap -> (logits behind it, its slope there)."""
     if not cap:
         return raw, jnp.ones(())
@@ -186,7 +186,7 @@ def _log_probs_backward(cap: float, saved: tuple, gradient: jax.Array) -> tuple:
 
     def of_chunk(sum_of_table: jax.Array, scanned: tuple) -> tuple[jax.Array, jax.Array]:
         hidden, targets, log_sum, gradient = scanned
-        logits, slope = _soft_cap(_in_float32("rd,vd->rv", hidden, weight), cap)
+        logits, slope = soft_cap(_in_float32("rd,vd->rv", hidden, weight), cap)
         probs = jnp.exp(logits - log_sum[:, None])
         of_hidden, of_table = _differentiate_chunk(gradient, -gradient, probs, slope, targets, hidden, weight)
         return sum_of_table + of_table, of_hidden
@@ -220,7 +220,7 @@ def _total_forward(
 
     def of_chunk(sum_of_table: jax.Array, scanned: tuple) -> tuple[jax.Array, tuple]:
         hidden, targets, weights = scanned
-        logits, slope = _soft_cap(_in_float32("rd,vd->rv", hidden, weight), cap)
+        logits, slope = soft_cap(_in_float32("rd,vd->rv", hidden, weight), cap)
         log_probs, log_sum, exponentials, total = _score_chunk(logits, targets, cap)
         of_exponentials = -weights * (1 + 2 * z_weight * log_sum) / total
         of_hidden, of_table = _differentiate_chunk(

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gemma4_jax.ops import cross_entropy
-from gemma4_jax.ops.cross_entropy import Head
+from gemma4_jax.ops.cross_entropy import Head, soft_cap
 from gemma4_jax.sharding import BATCH_AXES
 
 _TOKENS, _TABLE = P(BATCH_AXES, "context"), P("tensor", "fsdp")
@@ -133,10 +133,7 @@ def _of_logits(
       places: [R] of the targets in the part, outside of [0, V') for those of other parts.
     """
     raw = jnp.einsum("rd,vd->rv", hidden, part, preferred_element_type=jnp.float32)
-    logits, slope = raw, jnp.ones(())
-    if cap:
-        bent = jnp.tanh(raw / cap)
-        logits, slope = cap * bent, 1 - bent**2
+    logits, slope = soft_cap(raw, cap)
     largest = jax.lax.pmax(jnp.max(logits, axis=-1), _VOCAB_AXES)
     log_sum = largest + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1), _VOCAB_AXES))
     is_target = places[:, None] == jnp.arange(len(part))

@@ -12,7 +12,8 @@ import PIL.Image
 import pytest
 
 from gemma4_jax.config import AudioConfig
-from gemma4_jax.data import sample
+from gemma4_jax.data import preview_records, sample
+from gemma4_jax.data.document import Sound
 from gemma4_jax.data.pack import RowShape
 from gemma4_jax.data.preview import preview
 from gemma4_jax.data.sample import mixed_sizes, pack_sizes, suggest_patches, take_sample
@@ -130,3 +131,9 @@ def test_a_sample_is_mixed_in_the_proportions_of_its_sources(make_config, tokeni
     drawn = mixed_sizes(found, config.data)
     assert len(drawn) == 1000
     assert sum(size[0] == 1 for size in drawn) == 700
+
+
+def test_a_sound_too_short_for_a_frame_is_said_to_be():
+    figure = preview_records._sound_figure(Sound(np.zeros(80)), np.zeros((0, 128), np.float32))
+    assert "too short for a frame" in figure
+    assert "<audio" in figure

@@ -7,26 +7,13 @@ from jax.sharding import PartitionSpec as P
 
 from gemma4_jax.ops.lookup import look_up
 from gemma4_jax.sharding import make_mesh
+from tests.ops.test_vocabulary_parallel import MESHES, named
 
 VOCAB, LAYERS, WIDTH = 32, 3, 16
 TABLE = jax.random.normal(jax.random.key(0), (VOCAB, LAYERS, WIDTH))
 # Some ids more often than others, some never, on every device.
 IDS = jnp.array(np.random.default_rng(0).zipf(1.3, (8, 24)) % (VOCAB - 4), jnp.int32)
 DIRECTION = jax.random.normal(jax.random.key(1), (*IDS.shape, LAYERS, WIDTH))
-
-MESHES = [
-    {"fsdp": 8},
-    {"tensor": 8},
-    {"context": 8},
-    {"data": 8},
-    {"expert": 8},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"fsdp": 2, "expert": 2, "context": 2},
-]
-
-
-def named(sizes: dict[str, int]) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def gradient(table: jax.Array, ids: jax.Array) -> jax.Array:
