@@ -21,11 +21,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from collectives import SENT, sent_bytes
+from least_sent import PARTS, least_sent
 
 
 class Case(NamedTuple):
@@ -55,10 +57,12 @@ CASES = {
     "e4b_8k": Case("finetune_e4b_long", "v5p:4x4x4", _rows(8192, 64, 1024, context=1)),
     "e4b_32k": Case("finetune_e4b_long", "v5p:4x4x4", _rows(32768, 32, 2048, context=2)),
     "26b_a4b_8k": Case("finetune_26b_a4b", "v5p:4x4x4", _rows(8192, 64, 1024)),
+    "26b_a4b_8k_v6e": Case("finetune_26b_a4b", "v6e:16x16", _rows(8192, 256, 1024, fsdp=16)),
     "26b_a4b_32k": Case("finetune_26b_a4b", "v5p:4x4x4", _rows(32768, 32, 2048, fsdp=4, context=2)),
     "26b_a4b_128k": Case("finetune_26b_a4b", "v5p:4x4x8", _rows(131072, 16, 8192, fsdp=2, context=8)),
     "26b_a4b_256k": Case("finetune_26b_a4b", "v5p:4x8x8", _rows(262144, 16, 16384, fsdp=2, context=16)),
-    "31b_32k": Case("pretrain_31b", "v5p:4x8x8", _rows(32768, 128, 2048, 4, data=1, context=2)),
+    "31b_8k_tensor": Case("pretrain_31b", "v5p:4x8x8", _rows(8192, 512, 512, 4, tensor=4)),
+    "31b_32k": Case("pretrain_31b", "v5p:4x8x8", _rows(32768, 128, 2048, context=2)),
     "31b_128k": Case("finetune_31b_long", "v5p:4x8x8", _rows(131072, 32, 8192, fsdp=32, context=8)),
 }
 """Name of a line -> what is compiled: the shipped configs first, then the same with rows of other lengths."""
@@ -69,11 +73,11 @@ FIGURES = Path(__file__).with_suffix(".json")
 TEXT = """# What the shipped configs take on the TPUs they are for
 
 Written by `benchmarks/compile_configs.py`, which compiles the training step of each for a described slice, without a
-TPU. GiB a chip, of the 95 of a v5p: parameters, the optimizer's moments and the batch, what the step needs beside them,
-and the sum. Seconds are those of the compiler on two shared cores of a CPU. Attention is what each kind of layer got,
-sliding, global, and patches. Of a step that is "planned" every buffer has its place, and its code was not written.
-Below the shipped configs are the same with rows of other lengths. Nothing here has been run: these are the compiler's
-figures.
+TPU. GiB a chip, of the 95 of a v5p and the 31 of a v6e: parameters, the optimizer's moments and the batch, what the
+step needs beside them, and the sum. Seconds are those of the compiler on two shared cores of a CPU. Attention is what
+each kind of layer got, sliding, global, and patches. Of a step that is "planned" every buffer has its place, and its
+code was not written. Below the shipped configs are the same with rows of other lengths, and on another slice. Nothing
+here has been run: these are the compiler's figures.
 """
 
 MEMORY = ("parameters", "moments", "batch", "temporary", "together")
@@ -88,6 +92,29 @@ GB in one step, by kind of collective, counted in the compiled program with its 
 """
 
 SENT_COLUMNS = ("config", *SENT, "together")
+
+LEAST_TEXT = """
+## Beside the least on paper
+
+GB that a chip sends in one step, over the least that a step of its kind can do with, where experts are spread over
+devices. The least is counted by `benchmarks/least_sent.py`: weights are gathered over `fsdp` in the forward pass and in
+the backward pass, and their gradients scattered; tokens go to the experts and come back, forward and backward, and go
+there once more in the backward pass, which has not kept them; in bfloat16, and by the exchange `gather`.
+
+What 26b_a4b_8k sends above it, on v5p and on v6e: dense weights a third time, for each of the two products of the
+backward pass gathers its own (2.6 and 2.8 GB); the gradient of final hidden states in float32 (0.3 and 0.7); that of
+the vocabulary over `expert` and `data` twice, for the rows that are looked up and for the loss (0.6 and 0.3); and what
+`data` adds up of experts, in float32 (0.4 on v6e). Of longer rows, what attention sends over `context` is not in the
+least.
+"""
+
+LEAST_COLUMNS = ("config", *SENT, "together", "ratio")
+
+PARTS_TEXT = """
+The least by what it is for, all kinds of collective together:
+"""
+
+PARTS_COLUMNS = ("config", *PARTS, "together")
 
 
 class _Choices(logging.Handler):
@@ -108,15 +135,17 @@ class _Choices(logging.Handler):
 def figures_of(name: str, *, is_plan: bool) -> dict[str, Any]:
     """The compiler's figures of one case; in a process of its own, for libtpu describes one slice in each."""
     case = CASES[name]
-    shape = [int(side) for side in case.slice_name.partition(":")[2].split("x")]
+    generation, _, sides = case.slice_name.partition(":")
+    shape = [int(side) for side in sides.split("x")]
     # The smallest slice that can be described is a board of four.
     described = case.slice_name if math.prod(shape) >= 4 else "v5p:2x2x1"
-    # libtpu would ask the machine it is on about its TPUs; v5p counts two cores a chip.
+    # libtpu would ask the machine it is on about its TPUs; v5p counts two cores a chip, v6e one.
+    cores = (2 if generation == "v5p" else 1) * max(math.prod(shape), 4)
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": f"v5p-{2 * max(math.prod(shape), 4)}",
+        "TPU_ACCELERATOR_TYPE": f"{generation}-{cores}",
     }
 
     from jax.experimental import topologies
@@ -151,6 +180,7 @@ def figures_of(name: str, *, is_plan: bool) -> dict[str, Any]:
         "temporary": together - sum(bytes_held.values()),
         "together": together,
         "sent": sent_bytes(text),
+        "least": least_sent(program) if mesh.shape["expert"] > 1 and mesh.shape["tensor"] == 1 else None,
     }
 
 
@@ -221,20 +251,68 @@ def sent_line(name: str, figures: dict[str, Any]) -> str:
     return row([name, *(f"{size / 1e9:.1f}" for size in (*sent, sum(sent)))])
 
 
+def least_line(name: str, figures: dict[str, Any]) -> str | None:
+    """A line of the table of what is sent over the least."""
+    if figures["least"] is None:
+        return None
+    least: Counter[str] = sum((Counter(part) for part in figures["least"].values()), Counter())
+    sent = figures["sent"]
+    cells = [f"{sent.get(kind, 0) / 1e9:.1f} / {least[kind] / 1e9:.1f}" for kind in SENT]
+    total, of_paper = sum(sent.values()), sum(least.values())
+    return row([name, *cells, f"{total / 1e9:.1f} / {of_paper / 1e9:.1f}", f"{total / of_paper:.2f}"])
+
+
+def parts_line(name: str, figures: dict[str, Any]) -> str | None:
+    """A line of the table of the least by part."""
+    if figures["least"] is None:
+        return None
+    parts = [sum(figures["least"][part].values()) for part in PARTS]
+    return row([name, *(f"{size / 1e9:.1f}" for size in (*parts, sum(parts)))])
+
+
+class Table(NamedTuple):
+    """A table of the page, with a line for each case.
+
+    Attributes:
+      text: that stands before it.
+      columns: of it.
+      num_words: columns of words, before those of figures.
+      line: (name, figures) -> its line of a case, or None where it has none.
+    """
+
+    text: str
+    columns: Sequence[str]
+    num_words: int
+    line: Callable[[str, dict[str, Any]], str | None]
+
+
+MEMORY_TABLE = Table(TEXT, COLUMNS, 7, line)
+TABLES = (
+    MEMORY_TABLE,
+    Table(SENT_TEXT, SENT_COLUMNS, 1, sent_line),
+    Table(LEAST_TEXT, LEAST_COLUMNS, 1, least_line),
+    Table(PARTS_TEXT, PARTS_COLUMNS, 1, parts_line),
+)
+
+
+def lines_of(table: Table, page: str, figures: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Name of a case -> its line: of what was compiled now, or as it stands on the page."""
+    before = page.partition(row(table.columns))[2].partition("\n\n")[0]
+    found = {name: f"| {name} {rest}" for name, rest in re.findall(r"^\| (\w+) (\|.*)$", before, re.MULTILINE)}
+    known = found | {name: made for name, given in figures.items() if (made := table.line(name, given))}
+    return {name: known[name] for name in CASES if name in known}
+
+
 def write_page(figures: dict[str, dict[str, Any]]) -> None:
     """The page, with the lines of what was compiled now; the others stay as they are on it."""
-    before = PAGE.read_text().partition(SENT_TEXT)
-    old, old_sent = (dict(re.findall(r"^\| (\w+) (\|.*)$", part, re.MULTILINE)) for part in (before[0], before[2]))
-
-    def lines(make: Callable[[str, dict[str, Any]], str], old: dict[str, str]) -> list[str]:
-        made = {name: make(name, figures[name]) for name in figures}
-        return [made.get(name, f"| {name} {old.get(name)}") for name in CASES if name in made or name in old]
-
-    kept, sent = lines(line, old), lines(sent_line, old_sent)
-    missing = [name for name in CASES if name not in figures and name not in old]
-    note = f"\nNot compiled yet: {', '.join(missing)}.\n" if missing else ""
-    memory = "\n".join([TEXT, *head(COLUMNS, 7), *kept])
-    PAGE.write_text(f"{memory}\n{note}{SENT_TEXT}\n" + "\n".join([*head(SENT_COLUMNS, 1), *sent]) + "\n")
+    page = PAGE.read_text()
+    parts = []
+    for table in TABLES:
+        lines = lines_of(table, page, figures)
+        missing = [name for name in CASES if name not in lines] if table is MEMORY_TABLE else []
+        note = f"\n\nNot compiled yet: {', '.join(missing)}." if missing else ""
+        parts.append("\n".join([table.text, *head(table.columns, table.num_words), *lines.values()]) + note + "\n")
+    PAGE.write_text("".join(parts))
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
-"""What prepared data saves: images from JPEG files against the same images prepared, through training's read path.
+"""What prepared data and a cache save: images from JPEG files, and what is kept of them, through training's read path.
 
   python benchmarks/data_prepared.py [--train]
 
 For budgets of 280 and 1,120 soft tokens and photographs of several sizes: milliseconds of processor time for what
-becomes of an image (from a file: decode, resize, cut into patches; prepared: read them; and, as prepared data has it
-not, read them as records of ArrayRecord), in turns, the median; then rows of a run with all sizes mixed (read the
-record, pack, read the images, write the batch), images a second of processor time. `--train` adds a short run of the
+becomes of an image (from a file: decode, resize, cut into patches; from data.cache_dir: hash the file, read them, and
+compare their checksum; prepared: read them; and, as prepared data has it not, read them as records of ArrayRecord), in
+turns, the median; then rows of a run with all sizes mixed (read the record, pack, read the images, write the batch),
+images a second of processor time. `--train` adds a short run of the
 quickstart's model from each, and the share of a step that waits for data. Files are in the page cache, as a warm disk
 has them. Prints tables and writes the same as JSON.
 """
@@ -27,6 +28,7 @@ import numpy as np
 import PIL.Image
 
 from gemma4_jax import sizes
+from gemma4_jax.data.cache import open_cache
 from gemma4_jax.data.documents import open_documents
 from gemma4_jax.data.mixture import Examples
 from gemma4_jax.data.pipeline import make_encoder, make_train_iterator
@@ -40,7 +42,7 @@ SIZES = ((640, 480), (1024, 768), (2048, 1536))
 BUDGETS = (280, 1120)
 NUM_EACH, ROUNDS, NUM_BATCHES = 8, 7, 6
 NUM_STEPS, NUM_TRAINED = 60, 24
-COLUMNS = ("file", "prepared", "as_record")
+COLUMNS = ("file", "cache", "prepared", "as_record")
 
 
 def write_photographs(folder: Path, size: tuple[int, int], number: int) -> Path:
@@ -61,7 +63,7 @@ def write_photographs(folder: Path, size: tuple[int, int], number: int) -> Path:
     return path
 
 
-def make_config(budget: int, source: dict[str, Any]) -> RunConfig:
+def make_config(budget: int, source: dict[str, Any], cache_dir: str = "") -> RunConfig:
     """A run of the official patches, whose rows hold about four images."""
     model = sizes.quickstart()
     assert model.vision is not None
@@ -73,6 +75,7 @@ def make_config(budget: int, source: dict[str, Any]) -> RunConfig:
         "seq_len": 4 * (budget + 40),
         "images_per_row": 4,
         "batch_size": 2,
+        "cache_dir": cache_dir,
     }
     model = dataclasses.replace(model, vision=vision, text=text)
     return RunConfig.from_dict({"model": to_dict(model), "data": data}).resolved()
@@ -110,15 +113,19 @@ def record_milliseconds(config: RunConfig, tokenizer: Tokenizer, path: Path) -> 
 
 def image_milliseconds(config: RunConfig, tokenizer: Tokenizer) -> Callable[[], float]:
     """Reads each image of a source once: the median of its milliseconds."""
+    cache = open_cache(config.data, num_writers=1)
     documents = open_documents(config.data.sources["photographs"])
     examples = Examples("photographs", documents, make_encoder(config, tokenizer))
     images = [image for i in range(len(examples)) for image in examples[i].images]  # type: ignore[union-attr]
+
+    for image in images:
+        image.read(cache)  # which fills it
 
     def measure() -> float:
         seconds = []
         for image in images:
             start = time.thread_time()
-            image.read()
+            image.read(cache)
             seconds.append(time.thread_time() - start)
         return 1000 * statistics.median(seconds)
 
@@ -149,15 +156,18 @@ def compare(budget: int, folder: Path, tokenizer: Tokenizer) -> list[dict[str, A
         prepare(source, out, report=lambda _: None)
         again = make_config(budget, {"kind": "prepared", "path": str(out / "photographs")})
         measure = images_per_core_second if "," in path else image_milliseconds
-        functions = {"file": measure(source, tokenizer), "prepared": measure(again, tokenizer)}
+        cached = make_config(budget, {"path": path}, str(folder / "cache"))
+        runs = {"file": source, "cache": cached, "prepared": again}
+        functions = {name: measure(run, tokenizer) for name, run in runs.items()}
         if "," not in path:
             functions["as_record"] = record_milliseconds(again, tokenizer, out / "records")
         found = in_turns(functions)
-        times = found["prepared"] / found["file"] if "," in path else found["file"] / found["prepared"]
-        unit = "images a core-second" if "," in path else "ms"
+        power, unit = (1, "images a core-second") if "," in path else (-1, "ms")
+        times = {kept: (found[kept] / found["file"]) ** power for kept in ("cache", "prepared")}
         rows.append({"budget": budget, "images": name, "unit": unit, **found, "times": times})
         shown = "".join(f"{found.get(column, float('nan')):>12.2f}" for column in COLUMNS)
-        print(f"{budget:>6}  {name:<14}{shown} {unit}, {times:.1f} times", flush=True)
+        said = ", ".join(f"{kept} {factor:.1f} times" for kept, factor in times.items())
+        print(f"{budget:>6}  {name:<14}{shown} {unit}, {said}", flush=True)
     return rows
 
 

@@ -64,7 +64,8 @@ Ratios, each the median of those of single turns:
 {ratios}
 
 What grows with the number of experts is the reading of their matrices and the writing of their gradients, which fewer
-tokens share, and the rows that only fill an expert's last block, 16 of {block} on average.
+tokens share, into memory that is new to the process; and the rows that only fill an expert's last block, 16 of {block}
+on average, with the smaller blocks that loads of uneven size need.
 
 ## A training step beside transformers
 
@@ -79,6 +80,19 @@ A tile of {tile} rows that two experts share is computed for both; the last colu
 | | experts on the chip | tokens | operations / ideal | with shared tiles |
 | --- | ---: | ---: | ---: | ---: |
 {compiled}
+
+## On GPU
+
+No GPU has run any of this; `benchmarks/experts_gpu.py` is ready for one, and compares with a plain matmul and with
+torch's `grouped_mm`. "auto" takes `blocks`. `train.experts=mosaic_gpu` names tokamax's kernels (`pip install
+".[mosaic_gpu]"`), in bfloat16 and on Hopper; on Blackwell they have no gradient of the matrices. A layer of 26B-A4B
+lowers for Hopper, forward and backward, with 128 experts or 16, as these kernels and no other product; run in Pallas'
+interpreter they are right, empty experts included (`tests/ops/test_grouped_mosaic_gpu.py`, where tokamax is
+installed). tokamax 0.0.12 leaves out what an inner axis has behind its last step, which with the steps of 128 that it
+takes by itself is an eleventh of 704; we fill axes up to steps of 64. It multiplies rows of neighbouring experts by
+zero, and what is no number would spread to the gradients of their matrices; here it stays with its expert. What
+neither check can tell is whether a step's matmul is done before the next step is read into its place, for which the
+product of rows does not wait. So the benchmark also compares with `blocks`, at full size.
 
 ## Experts spread over devices
 
@@ -101,6 +115,11 @@ On a ring a gather passes each token on from device to device, once over every l
 crosses all links on its way there, n^2 / 8 of them times the share of tokens. So the fewer bytes of `ragged` are the
 faster exchange only where every device reaches every other directly (NVLink), or where the axis lies over several axes
 of the network. It has been compiled, and its sums are tested with its collective emulated; it has not been run.
+
+Of the experts of a device, `fsdp` leaves it a part. A layer's are gathered when it is their turn, in the type of
+activations, and their gradients are scattered in it, as those of dense weights are. What experts of other devices made
+of the tokens is kept for the backward pass, [B, T, D] a layer, under every remat but "offload": it would travel again.
+docs/compiled.md has the bytes of whole steps beside the least on paper.
 
 What a device holds, with M tokens on each of n devices: the n M tokens that reach it, or have room to, with their C
 choices and weights, and the order of those n M C choices. Of the choices that are its own, 1 / n on average, it works

@@ -1,9 +1,9 @@
 """A model with experts beside a dense one of as many active parameters, trained from scratch on the same tokens.
 
-  python benchmarks/moe_curves.py [--steps=400]     # about ten minutes on 2 CPU cores
+  python benchmarks/moe_curves.py [--steps=1000]    # about ten minutes on 2 CPU cores
 
-Both read the Python sources that ship with the package, in the same order. Writes docs/experts_loss.svg,
-docs/experts_load.svg and the figures of docs/experts.md, which benchmarks/experts.py --page writes.
+Both read the Python sources that ship with the package, in the same order. Writes the pictures docs/experts_*.svg,
+and the figures of docs/experts.md, which benchmarks/experts.py --page writes.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 from gemma4_jax.configs import base
 from gemma4_jax.counts import count_active_parameters
-from gemma4_jax.data.charts import line_chart
+from gemma4_jax.data.charts import STYLE, line_chart
 from gemma4_jax.run_config import RunConfig
 from gemma4_jax.train.loop import train
 
@@ -22,11 +22,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 FIGURES = Path(__file__).with_suffix(".json")
 
 MLP_DIM, CHOSEN, EXPERTS, EXPERT_DIM = 256, 2, 16, 128
-WARMUP = 40
-STYLE = (
-    "<style>svg{background:#fff;font:12px sans-serif}.grid{stroke:#ddd}.title{font-weight:bold}</style>"
-    '<rect width="100%" height="100%" fill="#fff"/>'
-)
+NAMES = "experts", "dense"
+WARMUP = 100
+MEAN_OF = 25
+PAGE = "svg{background:#fff;color:#111}@media(prefers-color-scheme:dark){svg{background:#12151b;color:#e4e8f0}}"
+"""Of a picture that stands on no page of ours."""
 
 
 def make_config(run_dir: Path, steps: int, *, has_experts: bool) -> RunConfig:
@@ -68,7 +68,7 @@ def run(folder: Path, steps: int, name: str) -> dict[str, Any]:
 def draw(name: str, chart: str) -> None:
     """A chart as a picture of its own."""
     beginning, _, rest = chart.partition(">")
-    picture = f'{beginning} xmlns="http://www.w3.org/2000/svg">{STYLE}{rest}'
+    picture = f'{beginning} xmlns="http://www.w3.org/2000/svg"><style>{PAGE}{STYLE}</style>{rest}'
     (DOCS / name).write_text(picture + "\n")
 
 
@@ -76,7 +76,7 @@ SECTION = """
 ## Learning, beside a dense model
 
 Written by `benchmarks/moe_curves.py`. Two models trained from scratch on the same {tokens:,} tokens of the Python
-sources that ship with the package, D 128, 4 layers, {steps} steps. One has an MLP of {mlp} and chooses {chosen} of
+sources that ship with the package, D 128, 4 layers, {steps:,} steps. One has an MLP of {mlp} and chooses {chosen} of
 {experts} experts of width {width}, with the balance loss that is the default from scratch; the other has an MLP as wide
 as the first and the chosen experts together.
 
@@ -84,11 +84,14 @@ as the first and the chosen experts together.
 | --- | ---: | ---: | ---: |
 {rows}
 
-With experts the last losses are {difference:.3f} {sign}: of so few tokens each expert has seen an eighth. Behind the
-warm-up of {warmup} steps, no step has a layer whose fullest expert has more than {largest:.2f} times the mean load;
-over the last 50 steps the fullest of all layers has {late:.2f} times on average.
+With experts the last losses are {difference:.3f} {sign}. Each expert sees an eighth of the tokens, in the beginning too
+few for it to help. The load of the fullest expert of all layers over the mean, behind the warm-up of {warmup}
+steps: {mean:.2f} on average, above 2 in {above:.1%} of the steps, which have 2,048 tokens each, and at most
+{largest:.2f}; {late:.2f} on average over the last 50.
 
 ![Training loss of both](experts_loss.svg)
+
+![Training loss with experts less that of the dense model, the mean of {mean_of} steps](experts_gain.svg)
 
 ![Load of the fullest expert of each layer over the mean](experts_load.svg)
 """
@@ -113,6 +116,9 @@ def section() -> str:
         difference=abs(last["experts"] - last["dense"]),
         sign="lower" if last["experts"] < last["dense"] else "higher",
         warmup=WARMUP,
+        mean_of=MEAN_OF,
+        mean=sum(loads[WARMUP:]) / len(loads[WARMUP:]),
+        above=sum(load > 2 for load in loads[WARMUP:]) / len(loads[WARMUP:]),
         largest=max(loads[WARMUP:]),
         late=sum(loads[-50:]) / 50,
     )
@@ -121,13 +127,16 @@ def section() -> str:
 def main() -> None:
     """Trains both, draws, and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1000)
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as folder:
-        found = {name: run(Path(folder), steps, name) for name in ("experts", "dense")}
+        found = {name: run(Path(folder), steps, name) for name in NAMES}
     FIGURES.write_text(json.dumps(found) + "\n")
     losses = {name: list(enumerate(one["loss"], 1)) for name, one in found.items()}
-    draw("experts_loss.svg", line_chart("Training loss, nats per token", losses))
+    draw("experts_loss.svg", line_chart("Training loss", losses, y="nats per token"))
+    less = [with_experts - dense for with_experts, dense in zip(*(found[name]["loss"] for name in NAMES), strict=True)]
+    means = [(i + MEAN_OF / 2, sum(less[i : i + MEAN_OF]) / MEAN_OF) for i in range(0, len(less), MEAN_OF)]
+    draw("experts_gain.svg", line_chart("Experts less dense", {"": means}, y="nats per token", includes=(0,)))
     loads = enumerate(zip(*found["experts"]["load"], strict=True))
     lines = {f"layer {layer}": list(enumerate(load, 1)) for layer, load in loads}
     draw("experts_load.svg", line_chart("Load of the fullest expert over the mean", lines, includes=(1,)))

@@ -1,6 +1,6 @@
 """Train a Gemma 4 26B-A4B, 8 of 128 experts for each token, on a TPU v5p slice of 4x4x4, the vision tower frozen.
 
-  gemma4 train --config=finetune_26b_a4b --config.init.from_hf=CHECKPOINT --config.tokenizer=CHECKPOINT
+  gemma4 train --config=finetune_26b_a4b --distributed --config.init.from_hf=CHECKPOINT --config.tokenizer=CHECKPOINT
 
 A starting point that has not been trained to its end: the architecture is the released one, and the compiler has given
 every buffer of the step its place on the slice (docs/compiled.md: what it takes of a chip). Without init.from_hf it

@@ -1,6 +1,6 @@
 """Train a Gemma 4 E4B on rows of 131,072 tokens, as long as it is meant for, on a TPU v5p slice of 4x4x4.
 
-  gemma4 train --config=finetune_e4b_long --config.init.from_hf=CHECKPOINT --config.tokenizer=CHECKPOINT
+  gemma4 train --config=finetune_e4b_long --distributed --config.init.from_hf=CHECKPOINT --config.tokenizer=CHECKPOINT
 
 A starting point that has not been trained to its end: the architecture is the released one, and the compiler has given
 every buffer of the step its place on the slice (docs/compiled.md: what it takes of a chip). Without init.from_hf it

@@ -1,6 +1,6 @@
 """Pre-train a Gemma 4 E2B from scratch on a TPU v5p slice of 4x4x4: 64 chips of 95 GB.
 
-  gemma4 train --config=pretrain_e2b --config.run_dir=/shared/e2b --config.tokenizer=/shared/tokenizer.json
+  gemma4 train --config=pretrain_e2b --distributed --config.run_dir=/shared/e2b --config.tokenizer=tokenizer.json
 
 A starting point that has not been trained to its end: the architecture is the released one, the compiler has given
 every buffer of the step its place on the slice (docs/compiled.md: what it takes of a chip), and the bundled sources
@@ -31,7 +31,6 @@ def get_config() -> ConfigDict:
     config.data.num_workers = 8
 
     config.train.num_steps = 100_000
-    config.train.grad_accum_steps = 4
     config.train.remat = "full"
     config.train.loss_chunk = 512
 

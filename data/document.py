@@ -65,14 +65,16 @@ class Conversation:
 
     Attributes:
       messages: as `ChatTemplate.encode` takes them; {"type": "image"} and {"type": "audio"} stand for the segments of
-        the document, in their order.
+        the document, in their order, and {"type": "video"} for as many images as it has times.
       tools: JSON schemas of functions; None if there are none.
       num_learned: so many of the last turns of the model carry loss; None for all.
+      videos: the times of the frames of each.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
     num_learned: int | None = None
+    videos: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

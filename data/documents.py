@@ -16,9 +16,10 @@ from gemma4_jax.data.signatures import (
     required,
     takes_others,
 )
-from gemma4_jax.data.sounds import cut_sounds
+from gemma4_jax.data.sound_pieces import cut_sounds
 from gemma4_jax.data.sources import KINDS, Source
 from gemma4_jax.data.tasks import TASKS
+from gemma4_jax.data.tasks.auto import check_columns
 from gemma4_jax.errors import InputError
 from gemma4_jax.fields import find, require
 from gemma4_jax.run_config import SourceConfig
@@ -262,6 +263,12 @@ def _columns(config: SourceConfig, source: Source, task: Callable[..., Document 
     for role in sorted(required(columns) | config.columns.keys()) if source.columns is not None else ():
         accepted = f"one of the columns of its records, {', '.join(source.columns or ())}"
         require(named[role] in (source.columns or ()), f"{config.section}.columns.{role}", named[role], accepted)
+    if config.task == "auto" and source.columns is not None:
+        roles = [role for role, column in named.items() if column in source.columns and role != SOFT_TOKENS]
+        try:
+            check_columns(dict.fromkeys([*source.columns, *roles]))
+        except InputError as error:
+            raise InputError(f"{config.section}: {error}") from error
     return named
 
 

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_jax.audio.features import log_mel, num_soft_tokens
 from gemma4_jax.config import AudioConfig, SpecialTokens, VisionConfig
 from gemma4_jax.data.chat_templates import chat_template
 from gemma4_jax.data.document import Conversation, Document, Image, Sound, Text
-from gemma4_jax.data.example import Example, SizedExample, SizedImage
-from gemma4_jax.data.sounds import read_samples
+from gemma4_jax.data.example import Example, SizedExample, SizedImage, SizedSound
 from gemma4_jax.errors import InputError
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.vision.geometry import SOFT_TOKEN_BUDGETS
@@ -43,8 +41,8 @@ class Encoder:
     def __call__(self, document: Document) -> SizedExample:
         """Encodes one document: <bos>, its segments in order, <eos>, which is learned where the last text is.
 
-        A conversation is what the tokenizer's chat template writes of it, and nothing more. Of most images only the
-        header is read; a damaged one may show when the example is read.
+        A conversation is what the tokenizer's chat template writes of it, and nothing more. Of sounds and most
+        images only the header is read; a damaged one may show when the example is read.
 
         Raises:
           InputError: if it has too much text, an image or a sound cannot be read, the model has no tower for it, or the
@@ -72,7 +70,7 @@ class Encoder:
             and image.height % cell == image.width % cell == 0 < image.num_soft_tokens <= image.max_soft_tokens
             for image in example.images
         )
-        for placeholder, begin, end, sizes in _media(self.tokenizer.tokens, example.images, example.text.sounds):
+        for placeholder, begin, end, sizes in _media(self.tokenizer.tokens, example.images, example.sounds):
             edges = np.flatnonzero(np.diff(np.r_[False, tokens == placeholder, False]))
             starts, stops = edges[::2], edges[1::2]
             fits = fits and (stops - starts).tolist() == [size for size in sizes if size]
@@ -83,7 +81,8 @@ class Encoder:
 
     def _from_conversation(self, document: Document, conversation: Conversation) -> SizedExample:
         _check_length(_num_characters([conversation.messages, conversation.tools]))
-        ids, carries_loss = chat_template(self.tokenizer).encode(conversation.messages, tools=conversation.tools)
+        template = chat_template(self.tokenizer)
+        ids, carries_loss = template.encode(conversation.messages, tools=conversation.tools, videos=conversation.videos)
         if conversation.num_learned is not None:
             carries_loss = _last_stretches(carries_loss, conversation.num_learned)
         images = [segment for segment in document.segments if isinstance(segment, Image)]
@@ -112,16 +111,16 @@ class Encoder:
         roles = self.tokenizer.tokens
         check_places(ids, roles, len(images), len(sounds))
         sized = tuple(map(self.size_image, images))
-        features = tuple(map(self.read_sound, sounds))
-        text = Example(*expand(ids, carries_loss, sized, features, roles), (), name, features)
-        return SizedExample(text, sized, roles.image)
+        heard = tuple(map(self.size_sound, sounds))
+        text = Example(*expand(ids, carries_loss, sized, heard, roles), (), name)
+        return SizedExample(text, sized, roles.image, heard)
 
     def _from_segments(self, document: Document) -> SizedExample:
         _check_length(sum(len(segment.text) for segment in document.segments if isinstance(segment, Text)))
         roles = self.tokenizer.tokens
         tokens, carries_loss = [roles.bos], [False]
         images: list[SizedImage] = []
-        sounds: list[np.ndarray] = []
+        sounds: list[SizedSound] = []
         leading: list[int] = []  # lengths of the texts before the first image, sound or learned text
         is_leading, is_learned = True, False  # <eos> alone is nothing to learn
         num_missing = document.images_missing
@@ -143,7 +142,7 @@ class Encoder:
                         continue
                     ids = [roles.image]
                 else:
-                    sounds.append(self.read_sound(segment))
+                    sounds.append(self.size_sound(segment))
                     ids = [roles.audio]
             tokens += ids
             carries_loss += [loss] * len(ids)
@@ -151,8 +150,8 @@ class Encoder:
         carries_loss.append(is_learned)
         arrays = expand(tokens, carries_loss, images, sounds, roles)
         context = _context(leading)
-        text = Example(*arrays, (), document.name, tuple(sounds), context=context, images_missing=num_missing)
-        return SizedExample(text, tuple(images), roles.image)
+        text = Example(*arrays, (), document.name, context=context, images_missing=num_missing)
+        return SizedExample(text, tuple(images), roles.image, tuple(sounds))
 
     def size_image(self, image: Image) -> SizedImage:
         """One image with its size, as it will be when it is resized to its budget.
@@ -180,8 +179,8 @@ class Encoder:
         except InputError as error:
             raise InputError(f"{image.name}: {error}" if image.name else str(error)) from error
 
-    def read_sound(self, sound: Sound) -> np.ndarray:
-        """The [F, M] log-mel features of one sound.
+    def size_sound(self, sound: Sound) -> SizedSound:
+        """One sound with its length.
 
         Raises:
           InputError: if it cannot be read, or the model has no audio tower for it.
@@ -189,7 +188,11 @@ class Encoder:
         try:
             if self.audio is None:
                 raise InputError("The model has no audio tower (model.audio is empty), so it cannot hear sounds.")
-            return log_mel(read_samples(sound), self.audio.num_mel_bins)
+            if isinstance(sound.content, str):
+                raise InputError("a sound is a path, and its source has no files: give its bytes or samples.")
+            return SizedSound.of(
+                sound.content, mel_bins=self.audio.num_mel_bins, seconds=sound.seconds, name=sound.name
+            )
         except InputError as error:
             raise InputError(f"{sound.name}: {error}" if sound.name else str(error)) from error
 
@@ -213,7 +216,7 @@ def expand(
     tokens: Sequence[int],
     carries_loss: Sequence[bool],
     images: Sequence[SizedImage],
-    sounds: Sequence[np.ndarray],
+    sounds: Sequence[SizedSound],
     roles: SpecialTokens,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Makes room for soft tokens: one placeholder becomes as many as its image or sound has, between its two marks.
@@ -241,12 +244,12 @@ def expand(
 
 
 def _media(
-    roles: SpecialTokens, images: Sequence[SizedImage], sounds: Sequence[np.ndarray]
+    roles: SpecialTokens, images: Sequence[SizedImage], sounds: Sequence[SizedSound]
 ) -> tuple[tuple[int, int, int, list[int]], ...]:
     """Of images, then of sounds: (placeholder, mark before, mark behind, soft tokens of each)."""
     return (
         (roles.image, roles.begin_image, roles.end_image, [image.num_soft_tokens for image in images]),
-        (roles.audio, roles.begin_audio, roles.end_audio, [num_soft_tokens(len(sound)) for sound in sounds]),
+        (roles.audio, roles.begin_audio, roles.end_audio, [sound.num_soft_tokens for sound in sounds]),
     )
 
 

@@ -23,6 +23,9 @@ which run other programs."""
 MAX_PIXELS = 2**26
 """An image of more pixels than this is refused before it is decoded."""
 
+MAX_EXACT_PIXELS, MAX_SHOWN_SIDE = 2**15, 448
+"""Of an image on a page."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ImagePatches:
@@ -188,15 +191,25 @@ def join_patches(patches: np.ndarray, positions: np.ndarray, *, patch_size: int)
 
 
 def image_element(pixels: np.ndarray, label: str) -> str:
-    """uint8 [height, width, 3] pixels as an <img> element, enlarged as far as a page has room."""
+    """uint8 [height, width, 3] pixels as an <img> element.
+
+    A small image is shown pixel for pixel, enlarged as far as a page has room; one of more than `MAX_EXACT_PIXELS` as a
+    JPEG of at most `MAX_SHOWN_SIDE` pixels a side, so that a page of a thousand can still be opened.
+    """
     height, width = pixels.shape[:2]
-    scale = max(1, min(round(72 / min(height, width)), 900 // width))
-    source, size = png_source(PIL.Image.fromarray(pixels)), f'width="{width * scale}" height="{height * scale}"'
-    return f'<img src="{source}" {size} style="image-rendering: pixelated" alt="{html.escape(label)}">'
+    picture = PIL.Image.fromarray(pixels)
+    if height * width > MAX_EXACT_PIXELS:
+        picture.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
+        source, (width, height), style = picture_source(picture, "JPEG", quality=80), picture.size, ""
+    else:
+        scale = max(1, min(round(72 / min(height, width)), 900 // width, MAX_SHOWN_SIDE // height))
+        source, style = picture_source(picture), ' style="image-rendering: pixelated"'
+        width, height = width * scale, height * scale
+    return f'<img src="{source}" width="{width}" height="{height}"{style} alt="{html.escape(label)}">'
 
 
-def png_source(picture: PIL.Image.Image, **options: Any) -> str:
-    """A picture as the `src` of an <img> element; `options` are those of Pillow's PNG writer."""
+def picture_source(picture: PIL.Image.Image, kind: str = "PNG", **options: Any) -> str:
+    """A picture as the `src` of an <img> element; `options` are those of Pillow's writer of this kind."""
     file = io.BytesIO()
-    picture.save(file, "PNG", **options)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    picture.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Several sources as one endless sequence of examples."""
+"""Several sources as one sequence of examples."""
 
 import dataclasses
 import functools
@@ -26,29 +26,42 @@ class Turns(grain.transforms.DatasetSelectionMap):
     Each source is read in order. The turns of a round are shuffled, so that no shard of the sequence falls in step
     with one source.
 
-    A source that has been read as often as it may be drops out: its turns go to a last one, behind the sources.
+    A source that has been read as often as it may be drops out: its turns go to a last one, behind the sources. Or all
+    ends with its last turn.
 
     Args:
       weights: of the sources, above 0; relative to their sum.
       ends: of the sources, documents after which each drops out; None for never.
       seed: of the shuffle.
+      stopping: sources, by number, with which all ends.
     """
 
-    def __init__(self, weights: list[float], ends: list[int | None], seed: int) -> None:
+    def __init__(self, weights: list[float], ends: list[int | None], seed: int, stopping: Sequence[int] = ()) -> None:
         shares = np.array(weights) / sum(weights)
         self._turns = np.maximum(1, np.round(shares * ROUND)).astype(int)
         self._ends = ends
         self._seed = seed
+        last = [self._place(source, end - 1) for source in stopping if (end := ends[source]) is not None]
+        self._len = min(last, default=sys.maxsize - 1) + 1
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return self._len
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         number, place = divmod(index, int(self._turns.sum()))
-        sources, ranks = _shuffled_round(tuple(self._turns.tolist()), self._seed, number)
+        sources, ranks = self._round(number)
         source = int(sources[place])
         taken, end = number * int(self._turns[source]) + int(ranks[place]), self._ends[source]
         return (source, taken) if end is None or taken < end else (len(self._ends), 0)
+
+    def _place(self, source: int, taken: int) -> int:
+        """When it is the turn of a source that has had so many."""
+        number, rank = divmod(taken, int(self._turns[source]))
+        sources, ranks = self._round(number)
+        return number * len(sources) + int(np.flatnonzero((sources == source) & (ranks == rank))[0])
+
+    def _round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return _shuffled_round(tuple(self._turns.tolist()), self._seed, number)
 
 
 @functools.lru_cache(maxsize=4)
@@ -99,10 +112,10 @@ def open_sources(data: DataConfig) -> dict[str, Documents]:
 
 
 def mix_sources(data: DataConfig, sources: Mapping[str, Documents], encode: Encoder) -> grain.MapDataset:
-    """The endless sequence that all processes share: by index, a `SizedExample`, an `Unreadable`, or None.
+    """The sequence that all processes share: by index, a `SizedExample`, an `Unreadable`, or None.
 
-    None stands where it would be the turn of a source that has dropped out. Every source is in a random order, another
-    one in each of its epochs.
+    It is endless, or ends with the last document of a source, if the config says so. None stands where it would be the
+    turn of a source that has dropped out. Every source is in a random order, another one in each of its epochs.
 
     Args:
       data: mixture and seed are read.
@@ -117,5 +130,6 @@ def mix_sources(data: DataConfig, sources: Mapping[str, Documents], encode: Enco
         shuffled.append(dataset.shuffle(seed=int(seed)).repeat())
     settings = [data.mixture[name] for name in sources]
     ends = [setting.epochs * len(sources[setting.name]) if setting.epochs else None for setting in settings]
-    turns = Turns([setting.weight for setting in settings], ends, data.seed)
+    stopping = [number for number, setting in enumerate(settings) if setting.name in data.stopping]
+    turns = Turns([setting.weight for setting in settings], ends, data.seed, stopping)
     return grain.MapDataset.select_from_datasets([*shuffled, grain.MapDataset.source([None]).repeat()], turns)

@@ -100,10 +100,12 @@ Size = tuple[int, int, int, int]
 
 def size_of(example: Example | SizedExample) -> Size:
     """What an example takes of a row."""
-    text = example.text if isinstance(example, SizedExample) else example
+    if isinstance(example, SizedExample):
+        tokens, sounds = example.text.tokens, [sound.num_frames for sound in example.sounds]
+    else:
+        tokens, sounds = example.tokens, [len(sound) for sound in example.sounds]
     patches = sum(image.num_patches for image in example.images)
-    frames = sum(num_frame_places(len(sound)) for sound in text.sounds)
-    return len(text.tokens), len(example.images), patches, frames
+    return len(tokens), len(example.images), patches, sum(map(num_frame_places, sounds))
 
 
 def _fits(size: Sequence[int], space: Sequence[int]) -> bool:
@@ -188,8 +190,9 @@ def _take(text: Example, which: Any) -> SizedExample:
 def choose(sizes: np.ndarray, room: np.ndarray) -> list[int]:
     """Which examples make a row: the first, then again and again, of those that fit, the one after which least is left.
 
-    What is left is the sum of squares of the shares of free tokens, patches and frames. To take the longest would spend
-    text on rows whose patches are gone, until only images wait, and rows lack patches for their tokens.
+    What is left is the sum of the fourth powers of the shares of free tokens, patches and frames: mostly the largest
+    share. To take the longest would spend text on rows whose patches are gone, until only images wait, and rows lack
+    patches for their tokens. When the row is full, the one of the chosen is exchanged for which others fill it better.
 
     Args:
       sizes: [n, 4] ints, `Size` of each, n > 0; the first fits.
@@ -197,12 +200,20 @@ def choose(sizes: np.ndarray, room: np.ndarray) -> list[int]:
     Returns:
       Indices, in the order in which they were chosen.
     """
-    chosen, space = [0], room - sizes[0]
     shared = [i for i in (0, 2, 3) if room[i]]
-    fitting = np.arange(1, len(sizes))
-    while len(fitting := fitting[(sizes[fitting] <= space).all(axis=1)]):
-        left = (space - sizes[fitting])[:, shared] / room[shared]
-        best = int(np.argmin((left**2).sum(axis=1)))
-        chosen.append(int(fitting[best]))
-        space, fitting = space - sizes[chosen[-1]], np.delete(fitting, best)
-    return chosen
+
+    def left(space: np.ndarray) -> np.ndarray:
+        return ((space[..., shared] / room[shared]) ** 4).sum(axis=-1)
+
+    def fill(chosen: list[int], without: list[int]) -> tuple[float, list[int]]:
+        space = room - sizes[chosen].sum(axis=0)
+        fitting = np.delete(np.arange(len(sizes)), chosen + without)
+        while len(fitting := fitting[(sizes[fitting] <= space).all(axis=1)]):
+            best = int(np.argmin(left(space - sizes[fitting])))
+            chosen = [*chosen, int(fitting[best])]
+            space, fitting = space - sizes[fitting[best]], np.delete(fitting, best)
+        return float(left(space)), chosen
+
+    full = fill([0], [])
+    exchanged = (fill([i for i in full[1] if i != out], [out]) for out in full[1][1:])
+    return next((other for other in exchanged if other[0] < full[0]), full)[1]

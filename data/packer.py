@@ -1,8 +1,8 @@
 """A sequence of documents to packed rows, one after another.
 
 - A row is chosen among the `LOOKAHEAD` documents that have waited longest, by their sizes alone; only then are its
-  images decoded. Nothing waits forever, and the order depends on nothing but the order of the documents.
-- A document of which an image proves damaged when its row is made leaves its place in that row empty.
+  images and sounds decoded. Nothing waits forever, and the order depends on nothing but the order of the documents.
+- A document of which an image or a sound proves damaged when its row is made leaves its place in that row empty.
 - What becomes of documents is counted by source (`tally.COUNTERS`).
 """
 
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gemma4_jax.data.cache import Cache
 from gemma4_jax.data.example import Example, SizedExample, Unreadable
 from gemma4_jax.data.pack import Fit, RowShape, Rules, Size, choose, fit, size_of
 from gemma4_jax.data.tally import Tally
@@ -24,7 +25,7 @@ ROWS_AHEAD = 2
 """The look-ahead grows by so many rows of tokens with each row: the first does not wait until all of it is read."""
 
 WAITING_BYTES = 2**25
-"""Of the files of images, and the features of sounds, that wait: with so many, no more are read ahead."""
+"""Of the files of images and sounds that wait: with so many, no more are read ahead."""
 
 
 class Documents(Protocol):
@@ -65,19 +66,23 @@ class Packer:
       shape: of a row.
       rules: what becomes of documents that do not fit.
       tally: counts what becomes of documents.
+      cache: keeps what their files become; None if nothing does.
     """
 
-    def __init__(self, documents: Documents, shape: RowShape, rules: Rules, tally: Tally) -> None:
+    def __init__(
+        self, documents: Documents, shape: RowShape, rules: Rules, tally: Tally, cache: Cache | None = None
+    ) -> None:
         self._documents = documents
         self._shape = shape
         self._rules = rules
         self._tally = tally
+        self._cache = cache
         self._next = 0
         self._num_rows = 0
         self._waiting: list[_Waiting] = []
 
     def next_row(self) -> list[Example] | None:
-        """The examples of the next row, with their images; None when no document is left.
+        """The examples of the next row, with their images and sounds; None when no document is left.
 
         Raises:
           InputError: too many documents are left out, or one that waited is no longer what it was.
@@ -126,13 +131,13 @@ class Packer:
         return fit(example, self._shape, long_masked=self._rules.long_masked)
 
     def _read(self, waiting: _Waiting) -> Example | None:
-        """The example with its images; None if it is left out after all."""
+        """The example with its images and sounds; None if it is left out after all."""
         sized = waiting.example or self._read_again(waiting)
         if sized is None:
             return None
         source = sized.text.source
         try:
-            example = sized.read()
+            example = sized.read(self._cache)
         except InputError as error:
             self._tally.leave_out(source, "unreadable", str(error), read=0)
             return None

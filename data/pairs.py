@@ -1,6 +1,7 @@
 """`Pair` to two examples, of which the answers carry loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gemma4_jax.data.chat_templates import chat_template
 from gemma4_jax.data.document import Document, Image, Pair, Sound, Text
@@ -53,12 +54,19 @@ def _tokens(document: Document, tokenizer: Tokenizer, num_prompt: int | None = N
         is_prompt = num_prompt is not None
         if not messages:  # an answer to nothing
             return []
-        return chat_template(tokenizer).encode(messages, tools=tools, add_generation_prompt=is_prompt)[0]
+        videos = document.conversation.videos[: sum(map(_num_videos, messages))]
+        encode = chat_template(tokenizer).encode
+        return encode(messages, tools=tools, add_generation_prompt=is_prompt, videos=videos)[0]
     text = "".join(segment.text for segment in document.segments if isinstance(segment, Text))
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"a text of {len(text)} characters is refused: at most {MAX_CHARACTERS} are read.")
     ends = [] if num_prompt is not None else [tokenizer.tokens.eos]
     return [tokenizer.tokens.bos, *tokenizer.encode(text[:num_prompt]), *ends]
+
+
+def _num_videos(message: Mapping[str, Any]) -> int:
+    parts = message.get("content")
+    return sum(part["type"] == "video" for part in parts) if isinstance(parts, list) else 0
 
 
 def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from gemma4_jax.batch import FIELDS, Batch
 from gemma4_jax.data.assemble import assemble
+from gemma4_jax.data.cache import Cache, open_cache
 from gemma4_jax.data.chat_templates import chat_template
 from gemma4_jax.data.documents import holds_back, open_documents
 from gemma4_jax.data.encode import Encoder
@@ -29,12 +30,15 @@ PREFETCHED_BATCHES = 2
 def make_train_iterator(
     config: RunConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
 ) -> TrainIterator:
-    """The endless training batches of one process.
+    """The training batches of one process, endless.
 
     Documents are drawn from the sources in the proportions of their weights, each source in a new random order every
     epoch. Of that sequence, row r of every batch takes documents r, r + B, r + 2 B, ..., where B is data.batch_size. So
     what a run sees is a function of the config and the data alone: processes, workers and threads only share out who
     reads, packs and decodes which rows. `get_state` and `set_state` make it go on exactly where it was.
+
+    Where the data ends, the sequences of rows do not end with the same batch: those that are at their end are empty in
+    the last batches, and all are empty behind them, for ever.
 
     Args:
       config: of the run, resolved; model and data are read.
@@ -50,13 +54,13 @@ def make_train_iterator(
     require(is_even, "data.batch_size", data.batch_size, f"a multiple of the {process_count} processes")
     encode, shape = make_encoder(config, tokenizer), RowShape.from_config(data, config.model)
     sources = open_sources(data)
-    make_packers = functools.partial(
-        _make_packers, mix_sources(data, sources, encode), data.batch_size, shape, Rules.from_config(data)
-    )
-    write = functools.partial(assemble, shape=shape, tokens=tokenizer.tokens, weighting=data.loss_weighting)
     num_rows = data.batch_size // process_count
-    shards = range(num_rows * process_index, num_rows * (process_index + 1))
     num_parts = min(num_rows, max(1, data.num_workers))
+    cache = open_cache(data, num_writers=num_parts * process_count)
+    mixture = mix_sources(data, sources, encode)
+    make_packers = functools.partial(_make_packers, mixture, data.batch_size, shape, Rules.from_config(data), cache)
+    write = functools.partial(assemble, shape=shape, tokens=tokenizer.tokens, weighting=data.loss_weighting)
+    shards = range(num_rows * process_index, num_rows * (process_index + 1))
     parts = [
         PackedRows(part.tolist(), make_packers, write, num_threads(data.num_workers))
         for part in np.array_split(shards, num_parts)
@@ -67,10 +71,15 @@ def make_train_iterator(
 
 
 def _make_packers(
-    mixture: grain.MapDataset, num_shards: int, shape: RowShape, rules: Rules, shards: Sequence[int]
+    mixture: grain.MapDataset,
+    num_shards: int,
+    shape: RowShape,
+    rules: Rules,
+    cache: Cache | None,
+    shards: Sequence[int],
 ) -> list[Packer]:
     judge = Judge(rules.max_left_out)
-    return [Packer(mixture[shard::num_shards], shape, rules, judge.tally()) for shard in shards]
+    return [Packer(mixture[shard::num_shards], shape, rules, judge.tally(), cache) for shard in shards]
 
 
 def _join(parts: Sequence[Batch]) -> Batch:

@@ -131,12 +131,13 @@ def _plan(source: SourceConfig, sides: Mapping[str, Documents], encoding: Mappin
 
 
 def _bytes_per_document(examples: Examples) -> float:
-    """An estimate, of evenly spaced documents: of their images only the headers are read."""
+    """An estimate, of evenly spaced documents: of their images and sounds only the headers are read."""
     indices = np.unique(np.linspace(0, len(examples) - 1, SAMPLE, dtype=int))
     found = [example for i in indices.tolist() if isinstance(example := examples[i], SizedExample)]
+    texts = sum(2 * len(example.text.tokens) for example in found)
     images = sum(image.num_patches * 3 * image.patch_size**2 for example in found for image in example.images)
-    texts = sum(2 * len(example.text.tokens) + sum(s.nbytes for s in example.text.sounds) for example in found)
-    return (images + texts) / max(1, len(found))
+    sounds = sum(sound.num_frames * 4 * sound.mel_bins for example in found for sound in example.sounds)
+    return (texts + images + sounds) / max(1, len(found))
 
 
 def _num_shards(given: int, num_parts: int, num_documents: int, num_bytes: float) -> int:

@@ -1,15 +1,14 @@
 """What `gemma4 prepare` writes, and a source of kind `prepared` reads: the files of a folder, and the form of a record.
 
-A folder holds one source: manifest.json, and for each side of its split, `train` and `held_out`, shards of four files:
+A folder holds one source: manifest.json, and for each side of its split, `train` and `held_out`, shards of three files:
 
-  text-00000-of-00016.arrayrecord  a record for each document, see `to_record`
-  patches-00000-of-00016.bin       the patches of its images, one after another, and nothing else
-  sizes-00000-of-00016.npy         [documents, 4] int32: `pack.Size` of each; zeros where it is unreadable
-  done-00000-of-00016.json         what became of its documents, and the checksums of the other three; written last
+  text-00000-of-00016.arrayrecord  a record for each document, with its sizes, see `to_record`
+  media-00000-of-00016.bin         patches of their images and features of their sounds, and nothing else
+  done-00000-of-00016.json         what became of its documents, and the checksums of the other two; written last
 
 Documents have the order of the source, and one that is unreadable has its place: so a run reads the same from both.
-Patches are no records: ArrayRecord copies and hashes what it reads, which takes four to six times as long as to read
-the patches of an image (benchmarks/data_prepared.py).
+Patches and features are no records: ArrayRecord copies and hashes what it reads, which takes four to six times as long
+as to read the patches of an image (benchmarks/data_prepared.py).
 """
 
 import dataclasses
@@ -25,18 +24,18 @@ import numpy as np
 
 from gemma4_jax.data.chat_templates import template_text
 from gemma4_jax.data.encode import Encoder
-from gemma4_jax.data.example import Example, SizedExample, SizedImage, StoredPatches
+from gemma4_jax.data.example import Example, SizedExample, SizedImage, SizedSound, StoredArray
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import checksum
 
-FORMAT = 1
+FORMAT = 2
 """Of the folder; a change of it, or of what an encoder makes of a document, counts it up."""
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
 
 SIDES = ("train", "held_out")
 
-FILES = ("text", "patches", "sizes")
+FILES = ("text", "media")
 """Of a shard."""
 
 MAX_MANIFEST_BYTES = 2**28
@@ -46,7 +45,7 @@ MAX_OPEN_FILES = 256
 MAX_RECORD_BYTES = 2**28
 MAX_HEADER_BYTES = 2**22
 
-_DTYPES = {"int32": np.dtype("<i4"), "bool": np.dtype("?"), "float32": np.dtype("<f4")}
+_DTYPES = {"int32": np.dtype("<i4"), "bool": np.dtype("?")}
 _LENGTH_BYTES = 4
 
 
@@ -69,14 +68,9 @@ class Shard:
         return self._path("text", "arrayrecord")
 
     @property
-    def patches(self) -> Path:
-        """Those of all images, in the order of the documents."""
-        return self._path("patches", "bin")
-
-    @property
-    def sizes(self) -> Path:
-        """Those of its documents in a row."""
-        return self._path("sizes", "npy")
+    def media(self) -> Path:
+        """What the towers read, in the order of the documents: of each its images, then its sounds."""
+        return self._path("media", "bin")
 
     @property
     def done(self) -> Path:
@@ -95,23 +89,28 @@ def to_record(example: SizedExample, places: Sequence[tuple[int, str]]) -> bytes
     """A document as a record: the length of its header, the header in JSON, and its arrays one after another.
 
     Args:
-      example: with images that are in no prepared file yet.
-      places: of each image (offset of its patches in their file, why it is damaged or ""), see `StoredPatches`.
+      example: with images and sounds that are in no prepared file yet.
+      places: of each image, then of each sound (offset in their file, why it is damaged or ""), see `StoredArray`.
     Raises:
       InputError: it is larger than what is read.
     """
     text = example.text
-    images = [
-        [offset, image.height, image.width, image.max_soft_tokens, image.may_be_missing, image.num_bytes, *names]
-        for image, (offset, damage) in zip(example.images, places, strict=True)
-        for names in [(image.name, damage)]
+    stored = [
+        [medium.name, offset, medium.num_bytes, damage]
+        for medium, (offset, damage) in zip(example.media, places, strict=True)
     ]
-    arrays = [text.tokens, text.carries_loss, *text.sounds]
+    images = [
+        [*fields, image.height, image.width, image.max_soft_tokens, image.may_be_missing]
+        for image, fields in zip(example.images, stored, strict=False)
+    ]
+    sounds = [[*fields, sound.num_frames] for sound, fields in zip(example.sounds, stored[len(images) :], strict=True)]
+    arrays = [text.tokens, text.carries_loss]
     header = {
         "name": text.name,
         "context": text.context,
         "images_missing": text.images_missing,
         "images": images,
+        "sounds": sounds,
         "arrays": [[array.dtype.name, *array.shape] for array in arrays],
     }
     record = _record(header, *(array.astype(_DTYPES[array.dtype.name], copy=False).tobytes() for array in arrays))
@@ -125,12 +124,12 @@ def unreadable_record(reason: str) -> bytes:
     return _record({"unreadable": reason[: MAX_HEADER_BYTES // 8]})
 
 
-def from_record(record: bytes, patches: Path, encoding: Mapping[str, Any]) -> SizedExample:
+def from_record(record: bytes, media: Path, encoding: Mapping[str, Any]) -> SizedExample:
     """What `to_record` wrote; nobody vouches for the record, and `Encoder` looks at its tokens.
 
     Args:
       record: bytes.
-      patches: the file with those of its images.
+      media: the file with what the towers read of it.
       encoding: of the folder.
     Raises:
       InputError: it is damaged, or of a document that cannot be read.
@@ -142,19 +141,20 @@ def from_record(record: bytes, patches: Path, encoding: Mapping[str, Any]) -> Si
         header = json.loads(record[_LENGTH_BYTES:start])
         if "unreadable" in header:
             raise InputError(str(header["unreadable"]))
-        tokens, carries_loss, *sounds = _arrays(record, start, header["arrays"])
+        tokens, carries_loss = _arrays(record, start, header["arrays"])
         if tokens.dtype != np.int32 or carries_loss.dtype != np.bool_ or tokens.ndim != 1:
             raise ValueError("it begins with other arrays")
-        if tokens.shape != carries_loss.shape or any(sound.shape[1:] != (encoding["mel_bins"],) for sound in sounds):
+        if tokens.shape != carries_loss.shape:
             raise ValueError("its arrays have other shapes")
         name, numbers = str(header["name"]), [_count(header[field]) for field in ("context", "images_missing")]
-        text = Example(tokens, carries_loss, (), name, tuple(sounds), "", *numbers)
-        images = [_image(fields, patches, encoding) for fields in header["images"]]
+        text = Example(tokens, carries_loss, (), name, (), "", *numbers)
+        images = tuple(_image(fields, media, encoding) for fields in header["images"])
+        sounds = tuple(_sound(fields, media, encoding) for fields in header["sounds"])
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(f"its record is damaged ({error}): prepare it again.") from error
-    return SizedExample(text, tuple(images))
+    return SizedExample(text, images, sounds=sounds)
 
 
 def _record(header: Mapping[str, Any], *arrays: bytes) -> bytes:
@@ -180,11 +180,17 @@ def _arrays(record: bytes, start: int, kinds: Sequence[Sequence[Any]]) -> list[n
     return arrays
 
 
-def _image(fields: Sequence[Any], patches: Path, encoding: Mapping[str, Any]) -> SizedImage:
-    offset, height, width, budget, may_be_missing, num_bytes, name, damage = fields
-    stored = StoredPatches(patches, _count(offset), _count(num_bytes), str(damage))
+def _image(fields: Sequence[Any], media: Path, encoding: Mapping[str, Any]) -> SizedImage:
+    name, offset, num_bytes, damage, height, width, budget, may_be_missing = fields
+    stored = StoredArray(media, _count(offset), _count(num_bytes), str(damage))
     cells = encoding["patch_size"], encoding["pooling_size"]
     return SizedImage(stored, _count(height), _count(width), *cells, _count(budget), str(name), bool(may_be_missing))
+
+
+def _sound(fields: Sequence[Any], media: Path, encoding: Mapping[str, Any]) -> SizedSound:
+    name, offset, num_bytes, damage, num_frames = fields
+    stored = StoredArray(media, _count(offset), _count(num_bytes), str(damage))
+    return SizedSound(stored, _count(num_frames), _count(encoding["mel_bins"]), name=str(name))
 
 
 def _count(value: Any) -> int:

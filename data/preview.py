@@ -8,17 +8,20 @@ from importlib import resources
 from itertools import groupby
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
+from gemma4_jax.audio.features import FRAMES_PER_SOFT_TOKEN
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
 from gemma4_jax.data.assemble import packing_stats
+from gemma4_jax.data.charts import STYLE
 from gemma4_jax.data.figures import counted
-from gemma4_jax.data.images import image_element, join_patches, png_source
+from gemma4_jax.data.images import image_element, join_patches, picture_source
 from gemma4_jax.data.pipeline import make_train_iterator
-from gemma4_jax.data.preview_records import sample_html, token_element
+from gemma4_jax.data.preview_records import sample_html, sound_figure, token_element
 from gemma4_jax.data.sample import SourceSample, take_sample
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import write_atomically
@@ -28,12 +31,15 @@ from gemma4_jax.tokenizer import Tokenizer
 
 PREVIEW_ROWS = 8
 
+MAX_ROW_TOKENS = 4096
+"""Of a row that is shown; of a longer one the beginning."""
+
 MASK_SIDE = 512
 """Positions drawn of a row's attention mask: all of a short row, evenly spaced ones of a longer."""
 
 _NUM_COLOURS = 6
 
-_STYLE = resources.files("gemma4_jax.data").joinpath("bundled/preview.css").read_text("utf-8")
+_STYLE = STYLE + resources.files("gemma4_jax.data").joinpath("bundled/preview.css").read_text("utf-8")
 
 
 def preview(config: RunConfig, path: str | Path, say: Callable[[str], None] = logging.info) -> None:
@@ -56,7 +62,7 @@ def preview(config: RunConfig, path: str | Path, say: Callable[[str], None] = lo
         f"<div class='left-out'>{html.escape(stop)}</div>" if stop else ""
     )
     named = list(dict.fromkeys([*left_out, *seen.warnings]))
-    page = preview_html(batches, tokenizer, config.model, PREVIEW_ROWS, named, about)
+    page = preview_html(batches, tokenizer, config.model, PREVIEW_ROWS, named, about, f"Preview of {config.name}")
     try:
         write_atomically(Path(path), page)
     except OSError as error:
@@ -106,6 +112,7 @@ def preview_html(
     max_rows: int,
     left_out: Sequence[str] = (),
     about: str = "",
+    title: str = "Preview",
 ) -> str:
     """One self-contained page that shows packed rows.
 
@@ -116,6 +123,7 @@ def preview_html(
       max_rows: rows to show.
       left_out: one sentence for each document that was left out on the way.
       about: HTML of sections that come before the rows.
+      title: of the page.
     Returns:
       HTML.
     """
@@ -128,10 +136,10 @@ def preview_html(
         if len(sections) == max_rows:
             break
     return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Packed rows</title>"
+        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{_STYLE}</style></head><body>"
-        f"<header><h1>Packed rows</h1>{_summary(seen) if seen else ''}{_LEGEND}{_listed(left_out)}</header>"
-        f"{about}{''.join(sections)}</body></html>\n"
+        f"<header><h1>{html.escape(title)}</h1>{_LEGEND}{_listed(left_out)}</header>"
+        f"{about}{_summary(seen) if seen else ''}{''.join(sections)}</body></html>\n"
     )
 
 
@@ -145,7 +153,7 @@ def _listed(left_out: Sequence[str]) -> str:
 _LEGEND = (
     "<p class='legend'>Each document of a row has its colour. <span class='t s0 loss'>Underlined</span> tokens carry "
     "loss: the model learns to predict them. <span class='t s0 special'>&lt;bos&gt;</span> is a special token. An "
-    "image stands where its soft tokens stand. Point at a token for its place and id.</p>"
+    "image stands where its soft tokens stand, and a sound likewise. Point at a token for its place and id.</p>"
 )
 
 
@@ -157,25 +165,37 @@ def _summary(batches: list[Batch]) -> str:
     stats = [packing_stats(batch) for batch in batches]
     rows, tokens = np.sum([batch.tokens.shape[0] for batch in batches]), batches[0].tokens.shape[1]
     weighted = np.mean([np.mean(np.asarray(batch.loss_weights) > 0) for batch in batches])
+    images = sum(s["images"] for s in stats)
+    sounds = sum(_num_sounds(batch.frame_sound_ids) for batch in batches)
     figures = {
         "rows": f"{rows:,}",
         "tokens in a row": f"{tokens:,}",
         "documents": f"{sum(s['documents'] for s in stats):,}",
-        "images": f"{sum(s['images'] for s in stats):,}",
+        **({"images": f"{images:,}"} if images else {}),
+        **({"sounds": f"{sounds:,}"} if sounds else {}),
         "tokens that carry loss": f"{weighted:.1%}",
         "token padding": f"{np.mean([s['token_padding'] for s in stats]):.1%}",
-        "patch padding": f"{np.mean([s['patch_padding'] for s in stats]):.1%}",
+        **({"patch padding": f"{np.mean([s['patch_padding'] for s in stats]):.1%}"} if images else {}),
     }
     tiles = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in figures.items())
-    return f"<div class='figures'>{tiles}</div>"
+    return f"<h2 class='rows'>The first rows</h2><div class='figures'>{tiles}</div>"
+
+
+def _num_sounds(frame_sound_ids: np.ndarray | jax.Array) -> int:
+    return int(np.asarray(frame_sound_ids).max(axis=-1, initial=0).sum())
 
 
 def _row_section(row: dict[str, np.ndarray], number: int, tokenizer: Tokenizer, config: Gemma4Config) -> str:
     segments = row["segment_ids"]
     padding = f"{np.mean(segments == 0):.1%} padding"
     documents, images = counted(int(segments.max()), "document"), counted(int(row["image_ids"].max()), "image")
-    title = f"{documents} · {images} · {padding}"
-    shown = "".join(_document(row, segment, tokenizer, config) for segment in range(1, segments.max() + 1))
+    num_sounds = _num_sounds(row["frame_sound_ids"])
+    sounds = f" · {counted(num_sounds, 'sound')}" if num_sounds else ""
+    title = f"{documents} · {images}{sounds} · {padding}"
+    num_shown = segments[:MAX_ROW_TOKENS].max()
+    shown = "".join(_document(row, segment, tokenizer, config) for segment in range(1, num_shown + 1))
+    if more := int(np.count_nonzero(segments[MAX_ROW_TOKENS:])):
+        shown += f"<p class='legend'>and {counted(more, 'more token')}</p>"
     return (
         f"<section><h2>Row {number} <small>{title}</small></h2>{_bar(segments)}"
         f"<div class='columns'><div class='documents'>{shown}</div>{_masks(row, config)}</div></section>"
@@ -199,14 +219,18 @@ def _colour(segment: int) -> str:
 
 
 def _document(row: dict[str, np.ndarray], segment: int, tokenizer: Tokenizer, config: Gemma4Config) -> str:
-    parts, shown_image = [], 0
-    for position in np.flatnonzero(row["segment_ids"] == segment).tolist():
-        image = row["image_ids"][position]
-        if image == 0:
-            parts.append(_token(row, position, tokenizer))
-        elif image != shown_image:
-            parts.append(_image(row, image, config))
+    parts, shown_image, shown_sound = [], 0, 0
+    for position in np.flatnonzero(row["segment_ids"][:MAX_ROW_TOKENS] == segment).tolist():
+        image, slot = row["image_ids"][position], row["audio_slots"][position]
+        if image:
+            parts += [_image(row, image, config)] if image != shown_image else []
             shown_image = image
+        elif slot >= 0:
+            sound = row["frame_sound_ids"][FRAMES_PER_SOFT_TOKEN * slot]
+            parts += [_sound(row, sound)] if sound != shown_sound else []
+            shown_sound = sound
+        else:
+            parts.append(_token(row, position, tokenizer))
     return f"<div class='document {_colour(segment)}'>{''.join(parts)}</div>"
 
 
@@ -223,6 +247,10 @@ def _image(row: dict[str, np.ndarray], image: int, config: Gemma4Config) -> str:
     height, width = pixels.shape[:2]
     caption = f"{height} x {width} pixels, {counted(int(np.sum(row['image_ids'] == image)), 'soft token')}"
     return f"<figure>{image_element(pixels, f'image {image}')}<figcaption>{caption}</figcaption></figure>"
+
+
+def _sound(row: dict[str, np.ndarray], sound: int) -> str:
+    return sound_figure(row["audio_features"][row["frame_sound_ids"] == sound])
 
 
 def _masks(row: dict[str, np.ndarray], config: Gemma4Config) -> str:
@@ -242,7 +270,7 @@ def _masks(row: dict[str, np.ndarray], config: Gemma4Config) -> str:
         colours[np.triu(mask, 1)] = 3
         picture = PIL.Image.fromarray(colours, "P")
         picture.putpalette([128, 128, 128, 92, 124, 250, 64, 192, 160, 240, 140, 40])
-        source = png_source(picture, transparency=0)
+        source = picture_source(picture, transparency=0)
         figures.append(f"<figure><img class='mask' src='{source}' alt=''><figcaption>{caption}</figcaption></figure>")
     key = "Queries down, keys across. <b class='k1'>text</b> <b class='k2'>soft tokens</b> <b class='k3'>ahead</b>"
     return f"<aside>{''.join(figures)}<p>{key}</p></aside>"

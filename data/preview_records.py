@@ -6,19 +6,24 @@ import html
 import io
 import wave
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import numpy as np
 import PIL.Image
 
-from gemma4_jax.audio.features import SAMPLE_RATE
-from gemma4_jax.data.charts import histogram, line_chart
-from gemma4_jax.data.document import Sound
-from gemma4_jax.data.example import SizedImage
+from gemma4_jax.audio.features import MAX_HERTZ, SAMPLE_RATE
+from gemma4_jax.data.charts import histogram, line_chart, spectrogram
+from gemma4_jax.data.example import SizedImage, SizedSound, StoredArray
 from gemma4_jax.data.figures import counted
-from gemma4_jax.data.images import image_element, join_patches, png_source
+from gemma4_jax.data.images import image_element, join_patches, picture_source
 from gemma4_jax.data.pack import RowShape
-from gemma4_jax.data.sample import Shown, SourceSample, mixed_sizes, pack_sizes, suggest_patches
+from gemma4_jax.data.sample import (
+    FRAMES_PER_SECOND,
+    Shown,
+    SourceSample,
+    mixed_sizes,
+    pack_sizes,
+    suggest_patches,
+)
 from gemma4_jax.data.sounds import read_samples
 from gemma4_jax.errors import InputError
 from gemma4_jax.run_config import RunConfig
@@ -26,6 +31,12 @@ from gemma4_jax.tokenizer import Tokenizer
 
 MAX_TOKENS = 2000
 """Of a record that is shown; of a longer one the beginning."""
+
+MAX_PLAYED_SECONDS = 60
+"""Of a record, with a player: a second is 43 KB of the page."""
+
+_TONES = (0.0, 1000.0, 2000.0, 4000.0, 8000.0)
+"""Hertz that are named beside a spectrogram."""
 
 
 def sample_html(samples: Sequence[SourceSample], config: RunConfig, tokenizer: Tokenizer) -> str:
@@ -42,34 +53,34 @@ def sample_html(samples: Sequence[SourceSample], config: RunConfig, tokenizer: T
 
 
 def _table(samples: Sequence[SourceSample]) -> str:
-    head = (
-        "source",
-        "records",
-        "read",
-        "left out",
-        "documents",
-        "tokens in one",
-        "carry loss",
-        "images",
-        "soft tokens in one",
-    )
-    lines = []
-    for sample in samples:
-        learned, tokens = sum(sample.learned), sum(sample.tokens)
-        cells = (
-            html.escape(sample.name), f"{sample.num_records:,}", f"{sample.num_read:,}", f"{len(sample.left_out):,}",
-            f"{len(sample.tokens):,}", _spread(sample.tokens), f"{learned / tokens:.1%}" if tokens else "",
-            f"{len(sample.soft_tokens):,}", _spread(sample.soft_tokens),
-        )  # fmt: skip
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{''.join(lines)}</table>"
+    columns: dict[str, Sequence[str]] = {
+        "source": [html.escape(sample.name) for sample in samples],
+        "records": [f"{sample.num_records:,}" for sample in samples],
+        "read": [f"{sample.num_read:,}" for sample in samples],
+        "left out": [f"{len(sample.left_out):,}" for sample in samples],
+        "documents": [f"{len(sample.tokens):,}" for sample in samples],
+        "tokens in one": [_spread(sample.tokens) for sample in samples],
+        "carry loss": [f"{sum(s.learned) / sum(s.tokens):.1%}" if s.tokens else "" for s in samples],
+    }
+    if any(sample.soft_tokens or sample.images_missing for sample in samples):
+        columns["images"] = [f"{len(sample.soft_tokens):,}" for sample in samples]
+        columns["soft tokens in one"] = [_spread(sample.soft_tokens) for sample in samples]
+        columns["images missing"] = [f"{sample.images_missing:,}" for sample in samples]
+    if any(sample.sounds for sample in samples):
+        columns["sounds"] = [f"{len(sample.sounds):,}" for sample in samples]
+        columns["seconds in one"] = [_spread(sample.sounds, ".1f") for sample in samples]
+    lines = zip(*columns.values(), strict=True)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
 
 
-def _spread(values: Sequence[int]) -> str:
+def _spread(values: Sequence[float], digits: str = ",.0f") -> str:
     """The median, and between which values all are."""
     if not values:
         return ""
-    return f"{np.median(values):,.0f} <small>({min(values):,} to {max(values):,})</small>"
+    middle, least, most = (format(value, digits) for value in (np.median(values), min(values), max(values)))
+    return f"{middle} <small>({least} to {most})</small>"
 
 
 def _warnings(samples: Sequence[SourceSample]) -> str:
@@ -84,7 +95,7 @@ def _warnings(samples: Sequence[SourceSample]) -> str:
         elif unlearned := sum(number == 0 for number in sample.learned):
             found.append(f"In {counted(unlearned, 'document')} of {name} nothing carries loss.")
         if sample.num_pairs:
-            found.append(f"{counted(sample.num_pairs, 'record')} of {name} are pairs, which no objective reads yet.")
+            found.append(f"{name} has {counted(sample.num_pairs, 'pair')} of answers, which no objective reads yet.")
         if sample.num_read and not sample.tokens:
             found.append(f"No record of {name} can be used.")
     items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in found)
@@ -93,19 +104,24 @@ def _warnings(samples: Sequence[SourceSample]) -> str:
 
 def _plots(samples: Sequence[SourceSample], config: RunConfig) -> str:
     data = config.data
-    tokens = [number for sample in samples for number in sample.tokens]
-    soft_tokens = [number for sample in samples for number in sample.soft_tokens]
+    tokens, soft_tokens, sounds = (
+        {sample.name: getattr(sample, field) for sample in samples} for field in ("tokens", "soft_tokens", "sounds")
+    )
+    budget = {"budget": data.soft_tokens_per_image}
     plots = [
-        histogram("Tokens of a document", tokens, unit="documents", marks={"a row": data.seq_len}),
-        histogram("Soft tokens of an image", soft_tokens, unit="images"),
+        histogram("Length of a document", tokens, x="tokens", y="documents", marks={"a row": data.seq_len}),
+        histogram("Size of an image", soft_tokens, x="soft tokens", y="images", marks=budget),
+        histogram("Length of a sound", sounds, x="seconds", y="sounds"),
     ]
     sizes, shape = mixed_sizes(samples, data), RowShape.from_config(data, config.model)
     sentences = []
     if sizes:
         fill = pack_sizes(sizes, shape.space())
-        shares = {"tokens": fill[:, 0], **({"patches": fill[:, 1]} if shape.patches else {})}
-        series = {name: list(enumerate(share.tolist())) for name, share in shares.items()}
-        plots.append(line_chart("Rows, full to", series, includes=(0, 1)) if len(fill) > 1 else "")
+        shares = {"tokens": fill[:, 0], **({"patches": fill[:, 1]} if fill[:, 1].any() else {})}
+        series = {name: list(enumerate((100 * np.sort(share)).tolist(), 1)) for name, share in shares.items()}
+        order = "rows, the emptiest first"
+        chart = line_chart("How full rows are", series, x=order, y="% of the places", includes=(0, 100))
+        plots.append(chart if len(fill) > 1 else "")
         sentences.append(f"Rows of {_mixture(samples)} are full to {_full(fill, shape)}.")
     if shape.patches and config.model.vision is not None:
         cell = config.model.vision.pooling_size**2
@@ -123,7 +139,7 @@ def _mixture(samples: Sequence[SourceSample]) -> str:
 
 
 def _full(fill: np.ndarray, shape: RowShape) -> str:
-    patches = f" and {fill[:, 1].mean():.1%} of patches" if shape.patches else ""
+    patches = f" and {fill[:, 1].mean():.1%} of patches" if shape.patches and fill[:, 1].any() else ""
     return f"{fill[:, 0].mean():.1%} of tokens{patches}"
 
 
@@ -136,26 +152,27 @@ def _source(sample: SourceSample, tokenizer: Tokenizer) -> str:
 def _record(shown: Shown, number: int, tokenizer: Tokenizer) -> str:
     """One document, token by token, with its images and sounds where their soft tokens stand."""
     text, roles = shown.example.text, tokenizer.tokens
-    images = iter(shown.example.images)
-    heard = (segment for segment in shown.document.segments if isinstance(segment, Sound))
-    sounds = zip_longest(heard, text.sounds)  # of what was encoded before, only features are left
-    parts, i = [], 0
+    images, sounds = iter(shown.example.images), iter(shown.example.sounds)
+    parts, i, left = [], 0, float(MAX_PLAYED_SECONDS)
     tokens = text.tokens.tolist()
     while i < min(len(tokens), MAX_TOKENS):
         if tokens[i] == roles.image:
             image = next(images)
             parts.append(image_figure(image))
             i += image.num_soft_tokens
-        elif tokens[i] == roles.audio:
-            parts.append(_sound_figure(*next(sounds)))
-            i = next((j for j in range(i, len(tokens)) if tokens[j] != roles.audio), len(tokens))
         else:
             parts.append(token_element(tokenizer, tokens[i], i, carries_loss=bool(text.carries_loss[i])))
             i += 1
+            if tokens[i - 1] == roles.begin_audio:  # the mark, as a sound may be too short for a soft token
+                sound = next(sounds)
+                left -= sound.num_frames / FRAMES_PER_SECOND
+                parts.append(_sound(sound, has_player=left >= 0))
+                i += sound.num_soft_tokens
     more = f"<em>and {len(tokens) - i:,} more tokens</em>" if i < len(tokens) else ""
     note = f"<p class='note'>left out: {html.escape(shown.note)}</p>" if shown.note else ""
     title = f"{html.escape(shown.title)}: {counted(len(tokens), 'token')}, {int(text.carries_loss[1:].sum()):,} learned"
-    return f"<h3>{title}</h3>{note}<div class='document s{number % 6}'>{''.join(parts)}{more}</div>"
+    missing = f", {counted(text.images_missing, 'image')} missing" if text.images_missing else ""
+    return f"<h3>{title}{missing}</h3>{note}<div class='document s{number % 6}'>{''.join(parts)}{more}</div>"
 
 
 def token_element(tokenizer: Tokenizer, token_id: int, position: int, *, carries_loss: bool) -> str:
@@ -181,25 +198,50 @@ def image_figure(image: SizedImage) -> str:
     return f"<figure>{image_element(pixels, image.name or 'image')}<figcaption>{caption}</figcaption></figure>"
 
 
-def _sound_figure(sound: Sound | None, features: np.ndarray) -> str:
-    """A player, and the features that the tower hears: time to the right, high tones above."""
-    player = "" if sound is None else _player(sound)
+def _sound(sound: SizedSound, *, has_player: bool) -> str:
+    """A sound as the tower hears it, with a player unless only its features are left; or why it cannot be decoded."""
+    try:
+        features = sound.read()
+        player = ""
+        if has_player and not isinstance(sound.content, StoredArray):
+            player = _player(read_samples(sound.content, sound.seconds))
+    except InputError as error:
+        return f"<figure><figcaption>{html.escape(str(error))}</figcaption></figure>"
+    return sound_figure(features, sound.name, player)
+
+
+def sound_figure(features: np.ndarray, name: str = "", player: str = "") -> str:
+    """The features that the tower hears, time to the right and high tones above.
+
+    Args:
+      features: [F, M] log-mel features.
+      name: of their file; empty if it has none.
+      player: an element to listen to them; empty if there is none.
+    """
+    seconds = len(features) / FRAMES_PER_SECOND
+    name = f", {html.escape(name)}" if name else ""
+    caption = f"<figcaption>{seconds:.1f} s{name}</figcaption>"
     if not features.size:
-        return f"<figure><figcaption>too short for a frame</figcaption>{player}</figure>"
+        return f"<figure>{player}<figcaption>too short for a frame{name}</figcaption></figure>"
     low, high = features.min(), features.max()
     levels = ((features - low) / max(high - low, 1e-6) * 255).astype(np.uint8).T[::-1]
-    picture = png_source(PIL.Image.fromarray(np.ascontiguousarray(levels)))
-    return f"<figure><img class='spectrogram' src='{picture}' alt='spectrogram'>{player}</figure>"
+    picture = PIL.Image.fromarray(np.ascontiguousarray(levels))
+    picture = picture.resize((min(picture.width, 800), picture.height), PIL.Image.Resampling.BOX)
+    source = picture_source(picture, "JPEG", quality=80)
+    tones = {f"{hertz / 1000:g} kHz": _mel(hertz) / _mel(MAX_HERTZ) for hertz in _TONES}
+    return f"<figure class='sound'>{spectrogram(source, seconds, tones)}{player}{caption}</figure>"
 
 
-def _player(sound: Sound) -> str:
-    samples = read_samples(sound)
+def _mel(hertz: float) -> float:
+    """The scale on which the bands of the features are equally wide."""
+    return float(np.log1p(hertz / 700))
+
+
+def _player(samples: np.ndarray) -> str:
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(1)
         writer.setsampwidth(2)
         writer.setframerate(SAMPLE_RATE)
         writer.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
-    source = f"data:audio/wav;base64,{base64.b64encode(file.getvalue()).decode()}"
-    caption = f"{len(samples) / SAMPLE_RATE:.1f} s{html.escape(f', {sound.name}' if sound.name else '')}"
-    return f"<audio controls src='{source}'></audio><figcaption>{caption}</figcaption>"
+    return f"<audio controls src='data:audio/wav;base64,{base64.b64encode(file.getvalue()).decode()}'></audio>"

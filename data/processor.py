@@ -179,7 +179,7 @@ class Processor:
         """What the towers read of images and sounds."""
         encoder = self._encoder()
         patches = tuple(encoder.size_image(_named_image(image)).read() for image in images)
-        return patches, tuple(encoder.read_sound(_named_sound(audio)) for audio in audios)
+        return patches, tuple(encoder.size_sound(_named_sound(audio)).read() for audio in audios)
 
     def _row_shape(self, examples: Sequence[Example]) -> RowShape:
         """The smallest that holds every example."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from gemma4_jax.audio.features import HOP, SAMPLE_RATE
 from gemma4_jax.data.chat_templates import chat_template
 from gemma4_jax.data.document import Document, Pair
 from gemma4_jax.data.documents import Documents, open_documents
@@ -28,6 +29,9 @@ SAMPLE_SECONDS = 60.0
 
 SHOWN_RECORDS = 3
 """Of each source, and as many that are left out."""
+
+FRAMES_PER_SECOND = SAMPLE_RATE // HOP
+"""Of the features of a sound."""
 
 SLACKS = (1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
 """Patches that a row may have room for, over those that its tokens bring on average."""
@@ -61,6 +65,8 @@ class SourceSample:
       num_pairs: that are pairs, each of which counts as two documents.
       tokens, learned: of each document, how many, and how many of them carry loss.
       soft_tokens: of each image.
+      images_missing: that documents go on without.
+      sounds: seconds of each.
       sizes: of each document that is packed, those of its pieces.
       left_out: one sentence for each document that is left out.
       shown: the first of them.
@@ -73,6 +79,8 @@ class SourceSample:
     tokens: list[int] = dataclasses.field(default_factory=list)
     learned: list[int] = dataclasses.field(default_factory=list)
     soft_tokens: list[int] = dataclasses.field(default_factory=list)
+    images_missing: int = 0
+    sounds: list[float] = dataclasses.field(default_factory=list)
     sizes: list[list[Size]] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)
     shown: list[Shown] = dataclasses.field(default_factory=list)
@@ -132,6 +140,8 @@ def _read(
         sample.tokens.append(len(text.tokens))
         sample.learned.append(int(np.count_nonzero(text.carries_loss[1:])))
         sample.soft_tokens += [image.num_soft_tokens for image in example.images]
+        sample.images_missing += text.images_missing
+        sample.sounds += [sound.num_frames / FRAMES_PER_SECOND for sound in example.sounds]
         fitted = fit(example, shape, long_masked=long_masked)
         if fitted.pieces and not side:
             sample.sizes.append([size_of(piece) for piece in fitted.pieces])

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_jax.data.example import SizedExample, Unreadable
+from gemma4_jax.data.example import SizedExample, SizedImage, SizedSound, Unreadable
 from gemma4_jax.data.mixture import Examples
-from gemma4_jax.data.pack import size_of
 from gemma4_jax.data.prepared import Shard, array_record, damage, to_record, unreadable_record
 from gemma4_jax.data.tally import COUNTERS, MAX_NAMED, Judge, Tally
 from gemma4_jax.errors import InputError
@@ -88,7 +87,7 @@ class ShardWriter:
                 prefix=PARTS, dir=task.shard.folder, ignore_cleanup_errors=True
             ) as temporary:
                 self._write(task, dataclasses.replace(task.shard, folder=Path(temporary)), count)
-        except FileNotFoundError:
+        except (FileNotFoundError, InputError):
             if task.done() is None:  # else another process was faster, and has cleaned up
                 raise
 
@@ -97,21 +96,18 @@ class ShardWriter:
         tally = self._judge.tally()
         left_out: list[str] = []
         examples = self.examples[task.source, task.side]
-        sizes = np.zeros((task.stop - task.start, 4), np.int32)
         writer = array_record().ArrayRecordWriter(str(shard.text), _TEXT_OPTIONS)
-        with shard.patches.open("wb") as patches:
+        with shard.media.open("wb") as media:
             for i in range(task.start, task.stop):
-                record, size, reason = _encode(examples[i], patches, tally, task.source)
+                record, reason = _encode(examples[i], media, tally, task.source)
                 writer.write(record)
-                sizes[i - task.start] = size
                 left_out += [reason] if reason and len(left_out) < MAX_NAMED else []
                 count()
         writer.close()
-        np.save(shard.sizes, sizes, allow_pickle=False)
-        _check_written(shard, len(sizes))
+        _check_written(shard, task.stop - task.start)
         known = {
             "side": task.side,
-            "documents": len(sizes),
+            "documents": task.stop - task.start,
             "files": {name: _written(path) for name, path in shard.files().items()},
             "counters": tally.counters.get(task.source, dict.fromkeys(COUNTERS, 0)),
             "left_out": left_out,
@@ -121,27 +117,25 @@ class ShardWriter:
         write_atomically(task.shard.done, json.dumps(known, indent=1) + "\n")
 
 
-def _encode(
-    example: SizedExample | Unreadable, patches: Any, tally: Tally, source: str
-) -> tuple[bytes, tuple[int, int, int, int], str]:
-    """Writes the patches of a document's images, and counts what becomes of it.
+def _encode(example: SizedExample | Unreadable, media: Any, tally: Tally, source: str) -> tuple[bytes, str]:
+    """Writes what the towers read of a document, and counts what becomes of it.
 
     Returns:
-      (its record, its size, why it is left out: empty if it is not).
+      (its record, why it is left out: empty if it is not).
     """
     if isinstance(example, Unreadable):
         tally.leave_out(source, "unreadable", example.reason)
-        return unreadable_record(example.reason), (0, 0, 0, 0), example.reason
+        return unreadable_record(example.reason), example.reason
     places: list[tuple[int, str]] = []
     num_missing, damaged = example.text.images_missing, ""
-    for image in example.images:
+    for medium in example.media:
         try:
-            cut = image.read().patches
-            places.append((patches.tell(), ""))
-            patches.write(np.ascontiguousarray(cut).data)
+            array = medium.read() if isinstance(medium, SizedSound) else medium.read().patches
+            places.append((media.tell(), ""))
+            media.write(np.ascontiguousarray(array).data)
         except InputError as error:
-            places.append((0, str(error).removeprefix(f"{image.name}: ")))  # it is named when it is read
-            if image.may_be_missing:
+            places.append((0, str(error).removeprefix(f"{medium.name}: ")))  # it is named when it is read
+            if isinstance(medium, SizedImage) and medium.may_be_missing:
                 num_missing += 1
             else:
                 damaged = damaged or f"{example.text.name}: {error}"
@@ -154,7 +148,7 @@ def _encode(
     else:
         num_images = len(example.images) - num_missing + example.text.images_missing
         tally.accept(source, documents=1, images=num_images, images_missing=num_missing)
-    return record, size_of(example), damaged
+    return record, damaged
 
 
 def _check_written(shard: Shard, num_documents: int) -> None:

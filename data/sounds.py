@@ -1,17 +1,14 @@
 """Sounds to samples, of which the features that the audio tower reads are made."""
 
-import dataclasses
 import functools
 import importlib
 import io
 import math
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from gemma4_jax.audio.features import MAX_SAMPLES, SAMPLE_RATE
-from gemma4_jax.data.document import Conversation, Document, Sound
 from gemma4_jax.errors import InputError
 
 FORMATS = ("WAV", "WAVEX", "FLAC", "MP3", "OGG")
@@ -23,7 +20,7 @@ MAX_SECONDS = 600
 """A longer sound is refused before it is decoded."""
 
 MAX_PIECE_SECONDS = MAX_SAMPLES // SAMPLE_RATE
-"""Of what the tower hears at once; a longer sound is cut, see `cut_sounds`."""
+"""Of what the tower hears at once; a longer sound is cut, see `sound_pieces`."""
 
 MAX_RATE, MAX_CHANNELS = 192_000, 8
 """Of a file."""
@@ -35,38 +32,40 @@ LOBES = 32
 """Of the low-pass filter's sinc on each side: it passes 0.88 of the lower of both ranges, and stops at its end."""
 
 
-def num_samples(sound: Sound) -> int:
+def num_samples(content: np.ndarray | bytes, seconds: tuple[int, int] | None = None) -> int:
     """How many samples `read_samples` gives, by the header of the file alone.
 
     Raises:
-      InputError: the file cannot be read, or is longer than `MAX_SECONDS`.
+      InputError: the file cannot be read, is empty, or too long.
     """
-    start, stop = sound.seconds or (0, MAX_SECONDS)
-    return min(_length(sound), stop * SAMPLE_RATE) - start * SAMPLE_RATE
+    start, stop = seconds or (0, MAX_SECONDS)
+    number = min(whole_length(content), stop * SAMPLE_RATE) - start * SAMPLE_RATE
+    if number <= 0:
+        raise InputError("A sound without a sample is not possible.")
+    if number > MAX_SAMPLES:
+        raise InputError(
+            f"A sound of {number / SAMPLE_RATE:.1f} s is too long: at most {MAX_PIECE_SECONDS} s are heard at once."
+        )
+    return number
 
 
-def read_samples(sound: Sound) -> np.ndarray:
-    """The samples of a sound, or of the stretch of it that it stands for; of several channels the mean.
+def read_samples(content: np.ndarray | bytes, seconds: tuple[int, int] | None = None) -> np.ndarray:
+    """The samples of a sound, or of a stretch of it; of several channels the mean.
 
     Args:
-      sound: not yet trusted. Its content is samples, or the bytes of a file in one of `FORMATS`, at any rate with a
-        simple ratio to ours.
+      content: not yet trusted. Samples, or the bytes of a file in one of `FORMATS`, at any rate with a simple ratio to
+        ours.
+      seconds: (first, behind the last) of the stretch; None for all.
     Returns:
       [n] floats, 16,000 a second.
     Raises:
       InputError: the file cannot be read, or is too long.
     """
-    start, stop = sound.seconds or (0, MAX_SECONDS)
-    if isinstance(sound.content, str):
-        raise InputError("a sound is a path, and its source has no files: give its bytes or samples.")
-    if isinstance(sound.content, np.ndarray):  # which is judged where its features are made
-        return sound.content[start * SAMPLE_RATE : stop * SAMPLE_RATE] if sound.seconds else sound.content
-    wanted = num_samples(sound)
-    if wanted > MAX_SAMPLES:
-        raise InputError(
-            f"A sound of {wanted / SAMPLE_RATE:.1f} s is too long: at most {MAX_PIECE_SECONDS} s are heard at once."
-        )
-    with _opened(sound.content) as file:
+    start, stop = seconds or (0, MAX_SECONDS)
+    if isinstance(content, np.ndarray):  # which is judged where its features are made
+        return content[start * SAMPLE_RATE : stop * SAMPLE_RATE] if seconds else content
+    wanted = num_samples(content, seconds)
+    with _opened(content) as file:
         rate = file.samplerate
         # A second more on both sides than is wanted: the filter reaches less far, so no piece has an edge.
         first, last = max(0, start - 1), start + math.ceil(wanted / SAMPLE_RATE) + 1
@@ -81,61 +80,17 @@ def read_samples(sound: Sound) -> np.ndarray:
     return samples.astype(np.float32, copy=False)
 
 
-def cut_sounds(document: Document) -> Document:
-    """The document with each sound of more than 30 s in pieces, one after another, where it stood.
-
-    There are as few pieces as hold it, all of the same whole number of seconds but for the last, which is shorter. Each
-    is a sound of its own, between its own marks.
+def whole_length(content: np.ndarray | bytes) -> int:
+    """Samples of all of a sound, 16,000 a second, by the header of its file.
 
     Raises:
-      InputError: a sound is longer than `MAX_SECONDS`, or its file cannot be read.
+      InputError: the file cannot be read, or is longer than `MAX_SECONDS`.
     """
-    if not any(isinstance(segment, Sound) for segment in document.segments):
-        return document
-    cut = [_pieces(segment) if isinstance(segment, Sound) else [segment] for segment in document.segments]
-    counts = iter([len(pieces) for pieces in cut if isinstance(pieces[0], Sound)])
-    conversation = document.conversation and _with_places(document.conversation, counts)
-    return dataclasses.replace(
-        document, segments=tuple(piece for pieces in cut for piece in pieces), conversation=conversation
-    )
-
-
-def _with_places(conversation: Conversation, counts: Iterator[int]) -> Conversation:
-    """A conversation with so many places where each sound had one."""
-
-    def spread(part: Any) -> list[Any]:
-        is_sound = isinstance(part, Mapping) and part.get("type") == "audio"
-        return [part] * (next(counts, 1) if is_sound else 1)
-
-    messages = [
-        {**message, "content": [copy for part in message["content"] for copy in spread(part)]}
-        if isinstance(message.get("content"), list)
-        else message
-        for message in conversation.messages
-    ]
-    return dataclasses.replace(conversation, messages=tuple(messages))
-
-
-def _pieces(sound: Sound) -> list[Sound]:
-    try:
-        seconds = _length(sound) / SAMPLE_RATE
-    except InputError as error:
-        raise InputError(f"{sound.name}: {error}" if sound.name else str(error)) from error
-    number = math.ceil(seconds / MAX_PIECE_SECONDS)
-    if number <= 1:
-        return [sound]
-    step = math.ceil(seconds / number)
-    starts = range(0, math.ceil(seconds), step)
-    return [dataclasses.replace(sound, seconds=(start, min(start + step, math.ceil(seconds)))) for start in starts]
-
-
-def _length(sound: Sound) -> int:
-    """Samples of the whole, 16,000 a second."""
-    if isinstance(sound.content, bytes):
-        with _opened(sound.content) as file:
+    if isinstance(content, bytes):
+        with _opened(content) as file:
             length = -(-file.frames * SAMPLE_RATE // file.samplerate)
     else:
-        length = np.size(sound.content)
+        length = np.size(content)
     if length > MAX_SECONDS * SAMPLE_RATE:
         raise InputError(f"A sound of {length / SAMPLE_RATE:.0f} s is refused: at most {MAX_SECONDS} s are read.")
     return length

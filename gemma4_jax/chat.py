@@ -7,29 +7,32 @@ so that nobody can end a turn, or begin the model's, by writing so.
 Source: transformers 5.24, `utils/chat_template_utils.py`; the templates of the released Gemma 4 checkpoints.
 """
 
-import bisect
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.nodes
 import numpy as np
 
 from gemma4_jax.errors import InputError
-from gemma4_jax.sandbox import MAX_CHARACTERS, SPAN, SPAN_END, make_environment
+from gemma4_jax.sandbox import MAX_CHARACTERS, SPAN, SPAN_END, compile_template
 from gemma4_jax.tokenizer import NAMES, Tokenizer
 
 # Characters that Unicode keeps out of texts mark what is to be found again in a rendered one.
 _PLAIN, _PLAIN_END = "\ufdd0", "\ufdd1"
 _PLAIN_NAME = re.compile(f"{_PLAIN}([^{_PLAIN}{_PLAIN_END}]*){_PLAIN_END}|[{_PLAIN}{_PLAIN_END}]")
+_PLAIN_MARK = re.compile(f"[{_PLAIN}{_PLAIN_END}]")
 _MARKS = re.compile(f"[{_PLAIN}{_PLAIN_END}{SPAN}{SPAN_END}]")
 
 _TURN, _TURN_END = "<|turn>model\n", "<turn|>"
 _RESPONSE, _RESPONSE_END = "<|tool_response>", "<tool_response|>"
 
+_VIDEO = re.compile(rf"(?<!{_PLAIN})<\|video\|>")
+
+_MAPPINGS = (dict, Mapping)  # of a dict the latter alone would take eight times as long to say so
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -76,16 +79,12 @@ class ChatTemplate:
             re.escape(name[0]) + f"(?={re.escape(name[1:])})" if name in cut else re.escape(name) for name in names
         ]
         self._special_token = re.compile("|".join(patterns))
+        self._firsts = {name[0] for name in names}
         self._beginnings = {name[:stop] for name in names for stop in range(1, len(name))}
         self._longest = max(map(len, names))
-        self._named_tokens = {name: token for name, token in NAMES.items() if token in tokenizer.special_tokens}
-        environment = make_environment()
+        named = {name: token for name, token in NAMES.items() if token in tokenizer.special_tokens}
         try:
-            self._template = environment.from_string(source)
-            self._marks_spans = any(
-                isinstance(node.call, jinja2.nodes.Call) and isinstance(node.call.node, jinja2.nodes.ExtensionAttribute)
-                for node in environment.parse(source).find_all(jinja2.nodes.CallBlock)
-            )
+            self._template, self._marks_spans = compile_template(source, named)
         except (jinja2.TemplateError, RecursionError) as error:
             raise InputError(f"the chat template cannot be read: {_sentence(error)}") from error
 
@@ -95,6 +94,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
+        videos: Sequence[Sequence[str]] | None = None,
         **variables: Any,
     ) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation, as transformers' `apply_chat_template` gives them before it expands images.
@@ -108,6 +108,8 @@ class ChatTemplate:
             {"type": "image"}; also "tool_calls" and whatever else the template reads.
           tools: JSON schemas of functions.
           add_generation_prompt: end with the beginning of the model's turn.
+          videos: of each {"type": "video"} the times of its frames, each of which becomes "TIME <|image|>", where
+            the processor of the reference puts a placeholder of its own. None leaves <|video|> as it is.
           variables: of the template, such as `enable_thinking`.
         Returns:
           (token ids, for each whether it is the model's part).
@@ -120,9 +122,10 @@ class ChatTemplate:
         try:
             chat = [self._prepare(message, i) for i, message in enumerate(messages)]
             given = {
-                **({"documents": None} | self._named_tokens | self._mark(_plain(variables))),
+                "documents": None,
+                **self._plain(variables),
                 "messages": chat,
-                "tools": None if tools is None else self._mark(_plain(list(tools))),
+                "tools": None if tools is None else self._plain(list(tools)),
                 "add_generation_prompt": add_generation_prompt,
             }
         except RecursionError as error:
@@ -130,6 +133,8 @@ class ChatTemplate:
         if not chat:
             raise InputError("a conversation has no messages: give at least one.")
         text = self._render(given)
+        if videos is not None:
+            text = _write_frames(text, videos)
         if self._marks_spans:
             text, spans = _take_spans(text)
         else:
@@ -143,32 +148,49 @@ class ChatTemplate:
 
     def _prepare(self, message: Any, index: int) -> dict[str, Any]:
         """A message as the template sees it."""
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        if not isinstance(message, _MAPPINGS) or not isinstance(message.get("role"), str):
             raise InputError(f"message {index} must be a dictionary with a 'role', and is {message!r:.100}.")
-        plain = {name: value for name, value in _plain(message).items() if value is not None}
+        plain = {self._plain(name): value for name, value in message.items() if value is not None}
         # In what the assistant says a template may look for a thought channel, so its special tokens are left.
-        said = ("content", *_REASONING) if plain["role"] == "assistant" else ()
-        plain = {self._mark(name): value if name in said else self._mark(value) for name, value in plain.items()}
+        said = ("content", *_REASONING) if self._plain(plain["role"]) == "assistant" else ()
+        plain = {name: self._plain(value, marks=name not in said) for name, value in plain.items()}
         reasoning = next((plain[name] for name in _REASONING if name in plain), None)
         return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
-    def _mark(self, value: Any, *, is_followed: bool = False) -> Any:
-        """Plain data, with every name of a special token between marks.
+    def _plain(self, value: Any, *, marks: bool = True, is_followed: bool = False) -> Any:
+        """A value rebuilt of JSON's types, with nothing for a template to call; what has no such form becomes its name.
 
         Args:
-          value: from `_plain`.
+          value: anything.
+          marks: whether every name of a special token in its texts gets marks around it.
           is_followed: whether a template may join more of such data to it, so that what begins a name at its end is
             marked too.
         """
+        kind = type(value)
         if isinstance(value, str):
-            marked = self._special_token.sub(_between_marks, value)
-            return self._mark_end(marked) if is_followed else marked
-        if isinstance(value, dict):
-            return {self._mark(name): self._mark(item, is_followed=is_followed) for name, item in value.items()}
-        if isinstance(value, list):
+            text = value if kind is str and value.isascii() else _MARKS.sub("", str.__str__(value))
+            return self._mark(text, is_followed=is_followed) if marks else text
+        if value is None or kind in (bool, int, float):
+            return value
+        if isinstance(value, _MAPPINGS):
+            return {
+                str(self._plain(name, marks=marks)): self._plain(item, marks=marks, is_followed=is_followed)
+                for name, item in value.items()
+            }
+        if isinstance(value, list | tuple):
             last = len(value) - 1
-            return [self._mark(item, is_followed=is_followed or i < last) for i, item in enumerate(value)]
-        return value
+            return [self._plain(item, marks=marks, is_followed=is_followed or i < last) for i, item in enumerate(value)]
+        if isinstance(value, np.generic):
+            return self._plain(value.item(), marks=marks, is_followed=is_followed)
+        return f"<{kind.__name__}>"
+
+    def _mark(self, text: str, *, is_followed: bool) -> str:
+        """The text with marks around every name of a special token."""
+        for first in self._firsts:
+            if first in text:  # to look for the names takes longer
+                text = self._special_token.sub(_between_marks, text)
+                break
+        return self._mark_end(text) if is_followed else text
 
     def _mark_end(self, text: str) -> str:
         """The text with marks around the beginning of a name that it ends in, when a template has trimmed it."""
@@ -185,14 +207,14 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program, and fails as programs do
             number = self._first_that_fails(variables)
-            role = variables["messages"][number]["role"]
+            role = str(variables["messages"][number]["role"])
             raise InputError(
                 f"the chat template cannot write message {number} ({role:.60}) of this conversation: {_sentence(error)}"
             ) from error
 
     def _write(self, variables: dict[str, Any]) -> str:
         blocks, length = [], 0
-        for block in self._template.generate(variables):
+        for block in self._template.root_render_func(self._template.new_context(variables)):
             blocks.append(block)
             length += len(block)
             if length > MAX_CHARACTERS:
@@ -210,7 +232,7 @@ class ChatTemplate:
                 return True
             return False
 
-        return bisect.bisect_left(range(len(messages) - 1), True, key=fails)
+        return bisect_left(range(len(messages) - 1), True, key=fails)
 
     def _tokenize(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """Tokens of a rendered chat, and for each whether any of its characters is in a span.
@@ -219,41 +241,36 @@ class ChatTemplate:
           text: names of special tokens between marks are plain characters.
           spans: [start, stop) in the text, in order and apart.
         """
-        ids: list[int] = []
-        begins: list[np.ndarray] = []
-        ends: list[np.ndarray] = []
-
-        def add(start: int, stop: int, *, reads_special_tokens: bool) -> None:
-            encode = self._tokenizer.encode_with_ends
-            piece_ids, piece_ends = encode(text[start:stop], reads_special_tokens=reads_special_tokens)
-            ids.extend(piece_ids)
-            ends.append(piece_ends + start)
-            begins.append(np.concatenate(([start], ends[-1]))[:-1])
-
-        end = 0
-        for mark in _PLAIN_NAME.finditer(text):
-            add(end, mark.start(), reads_special_tokens=True)
-            if mark[1]:
-                add(*mark.span(1), reads_special_tokens=False)
-            end = mark.end()
-        add(end, len(text), reads_special_tokens=True)
-        return ids, _is_within(np.concatenate(begins), np.concatenate(ends), spans).tolist()
+        encode = self._tokenizer.encode_with_ends
+        if _PLAIN not in text and _PLAIN_END not in text:
+            ids, ends = encode(text, reads_special_tokens=True)
+            return ids, _is_within(ends, spans)
+        marks = [mark.start() for mark in _PLAIN_MARK.finditer(text)]
+        spans = [(start - bisect_left(marks, start), stop - bisect_left(marks, stop)) for start, stop in spans]
+        ids, ends = [], []
+        for i, piece in enumerate(_PLAIN_NAME.split(text)):
+            if piece:  # every other is a name, or None where only one of its marks is
+                piece_ids, piece_ends = encode(piece, reads_special_tokens=i % 2 == 0)
+                begin = ends[-1] if ends else 0
+                ids += piece_ids
+                ends += [begin + end for end in piece_ends]
+        return ids, _is_within(ends, spans)
 
 
-def _is_within(begins: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """[n] bool: whether any character of a token is in a span.
+def _is_within(ends: list[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether any character of a token is in a span.
 
     Args:
-      begins, ends: [n] ascending, where each token begins and ends; of the bytes of one character, where each is a
-        token, all end with it, and the first begins it.
+      ends: ascending, where each token ends and the next begins; of the bytes of one character, where each is a token,
+        all end with it, and the first begins it.
       spans: [start, stop) in order and apart.
     """
-    mask = np.zeros(len(ends), bool)
-    starts, stops = np.array(spans, int).reshape(-1, 2).T
-    firsts = np.searchsorted(ends, starts, side="right")
-    lasts = np.maximum(np.searchsorted(begins, stops), np.searchsorted(ends, stops, side="right"))
-    for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-        mask[first:last] = True
+    mask = [False] * len(ends)
+    begins = [0, *ends][:-1]
+    for start, stop in spans:
+        first = bisect_right(ends, start)
+        last = max(bisect_left(begins, stop), bisect_right(ends, stop))
+        mask[first:last] = [True] * (last - first)
     return mask
 
 
@@ -302,25 +319,25 @@ def _model_turns(text: str, *, is_open: bool) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in spans if start < stop]
 
 
+def _write_frames(text: str, videos: Sequence[Sequence[str]]) -> str:
+    """A rendered text with the frames of the videos in their places, as `Gemma4Processor.replace_video_token` has them.
+
+    Raises:
+      InputError: there are more places, or fewer.
+    """
+    places = list(_VIDEO.finditer(text))
+    if len(places) != len(videos):
+        raise InputError(f"the chat template writes {len(places)} places for videos, and {len(videos)} are given.")
+    written = iter(" ".join(f"{time} <|image|>" for time in times) for times in videos)
+    return _VIDEO.sub(lambda _: next(written), text)
+
+
 def _find(text: str, name: str, start: int, stop: int | None = None) -> int:
     """Where a special token begins in a rendered text, -1 if nowhere: not where somebody only says its name."""
     found = text.find(name, start, stop)
     while found > 0 and text[found - 1] == _PLAIN:
         found = text.find(name, found + 1, stop)
     return found
-
-
-def _plain(value: Any) -> Any:
-    """A value rebuilt of JSON's types, with nothing for a template to call; what has no such form becomes its name."""
-    if value is None or type(value) in (bool, int, float):
-        return value
-    if isinstance(value, str):
-        return value if type(value) is str and value.isascii() else _MARKS.sub("", str.__str__(value))
-    if isinstance(value, Mapping):
-        return {str(_plain(name)): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return _plain(value.item()) if isinstance(value, np.generic) else f"<{type(value).__name__}>"
 
 
 def _sentence(error: BaseException) -> str:

@@ -49,9 +49,13 @@ def is_remote(given: str | Path) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(given)) is not None
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, *, is_synced: bool = True) -> None:
     """Writes a file so that at any time there is the old one, or the new one, whole.
 
+    Args:
+      path: of the file.
+      content: of the new one.
+      is_synced: whether it is on the disk when this returns; else a machine that loses power may leave it damaged.
     Raises:
       OSError: it cannot be written; the old one, if there is one, stays.
     """
@@ -60,8 +64,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+            if is_synced:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

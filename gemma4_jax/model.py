@@ -1,5 +1,7 @@
 """Gemma 4: embed, merge soft tokens, decode, project to the vocabulary. The one door for callers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,6 +10,7 @@ from gemma4_jax.audio.tower import NORM_EPS as AUDIO_NORM_EPS
 from gemma4_jax.audio.tower import AudioTower
 from gemma4_jax.batch import Batch
 from gemma4_jax.config import Gemma4Config
+from gemma4_jax.errors import InputError
 from gemma4_jax.layers import Linear, rms_normalize, weight
 from gemma4_jax.ops.attention import Shape
 from gemma4_jax.ops.attention.context import swap_halves
@@ -15,7 +18,7 @@ from gemma4_jax.ops.cross_entropy import Head, vocabulary_logits
 from gemma4_jax.ops.gather import invert_rows, move_rows
 from gemma4_jax.ops.matmul import value
 from gemma4_jax.ops.policy import KernelPolicy
-from gemma4_jax.sharding import constrain
+from gemma4_jax.sharding import BATCH_AXES, constrain
 from gemma4_jax.text.attention import view_tokens
 from gemma4_jax.text.decoder import Decoder
 from gemma4_jax.text.embedding import Embedder, PerLayerEmbedder
@@ -86,7 +89,12 @@ class Gemma4(nnx.Module):
         return vocabulary_logits(hidden, self.head)
 
     def hidden(self, batch: Batch) -> tuple[jax.Array, RouterStats | None]:
-        """Final hidden states [B, T, D], and router statistics with a leading [L] axis where there are experts."""
+        """Final hidden states [B, T, D], and router statistics with a leading [L] axis where there are experts.
+
+        Raises:
+          InputError: rows or positions do not spread evenly over the mesh.
+        """
+        _check_spread(batch)
         length = batch.tokens.shape[1]
         index = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
         view = view_tokens(
@@ -143,6 +151,18 @@ def attention_shapes(config: Gemma4Config, *, tokens: int, patches: int) -> list
 def image_tokens(config: Gemma4Config, patches: int) -> int:
     """Most soft tokens that an image of a row may have: as many as the row's patches make, or the largest budget."""
     return 0 if config.vision is None else min(patches // config.vision.pooling_size**2, SOFT_TOKEN_BUDGETS[-1])
+
+
+def _check_spread(batch: Batch) -> None:
+    mesh = jax.sharding.get_abstract_mesh()
+    axes_of = {"rows": BATCH_AXES, "positions": ("context",)}
+    for size, (what, axes) in zip(batch.tokens.shape, axes_of.items(), strict=True):
+        shards = math.prod(mesh.shape.get(axis, 1) for axis in axes)
+        if size % shards:
+            raise InputError(
+                f"a batch of {size} {what} does not spread over {shards} devices ({', '.join(axes)}): its {what} must "
+                f"be a multiple of {shards}."
+            )
 
 
 def _merge(x: jax.Array, soft_tokens: jax.Array, slots: jax.Array) -> jax.Array:

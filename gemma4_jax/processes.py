@@ -6,6 +6,10 @@ from it by each.
 
 import contextlib
 import json
+import os
+import re
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -16,6 +20,83 @@ from jax.experimental import multihost_utils
 from gemma4_jax.errors import InputError
 
 T = TypeVar("T")
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+"""Environment variables that say which process this is. JAX reads the first by itself, and not the other two."""
+
+
+def initialize(timeout: float = 300.0) -> None:
+    """Joins this process to the others of its run; before any device is used.
+
+    The three environment variables decide if all are set. Otherwise the cluster that JAX finds says what is not: a TPU
+    slice by its metadata, SLURM, Open MPI, Kubernetes.
+
+    Args:
+      timeout: seconds within which all of them must have come.
+    Raises:
+      InputError: a variable is not possible, there is no cluster, or not all came in time.
+    """
+    address = os.environ.get(ADDRESS)
+    if address is not None and not re.fullmatch(r".+:\d+", address):
+        raise InputError(f"{ADDRESS}={address!r} is not possible: give HOST:PORT of the first process.")
+    count, index = _number(COUNT, 1), _number(INDEX, 0)
+    if count is not None and index is not None and index >= count:
+        raise InputError(f"{INDEX}={index} is not possible: with {COUNT}={count} it is one of 0 to {count - 1}.")
+    if address is not None and index == 0:
+        _check_port(address)
+    is_explicit = None not in (address, count, index)
+    failures: list[Exception] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(
+                address,
+                count,
+                index,
+                cluster_detection_method="deactivate" if is_explicit else None,
+                initialization_timeout=int(timeout) + 60,
+            )
+        except Exception as error:
+            failures.append(error)
+
+    # JAX ends the process with a stack trace when its own timeout is over, and does not hear Ctrl-C until then. So a
+    # thread waits for the others, and this one for the thread.
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        where = f" at {ADDRESS}={address}" if address else ""
+        raise InputError(
+            f"not all processes of the run have met the first one{where} within {timeout:.0f} s: start the same "
+            "command on every host, and see that its address and port can be reached from all."
+        )
+    if not failures:
+        return
+    reason = " ".join(str(failures[0]).split()).rstrip(".")
+    if isinstance(failures[0], ValueError) and not is_explicit:
+        raise InputError(
+            f"there is no cluster here that says what the processes of the run are ({reason}): set "
+            f"{ADDRESS}=HOST:PORT, {COUNT} and {INDEX}, or leave out --distributed on one machine."
+        ) from failures[0]
+    raise InputError(f"the processes of the run cannot be joined: {reason}.") from failures[0]
+
+
+def _check_port(address: str) -> None:
+    """Refuses a port on which this host listens already, for which jaxlib may crash."""
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"{ADDRESS}={address!r} is not possible: no process can listen at that port of this host ({error}): give a "
+            "free one."
+        ) from error
+
+
+def _number(name: str, least: int) -> int | None:
+    value = os.environ.get(name)
+    if value is not None and not (value.isdecimal() and int(value) >= least):
+        raise InputError(f"{name}={value!r} is not possible: give a whole number, at least {least}.")
+    return None if value is None else int(value)
 
 
 def is_first() -> bool:

@@ -92,11 +92,13 @@ class SourceConfig(Section):
     weight: float = field(
         1.0, "Its share of the documents drawn, relative to the sum; of 0 nothing is drawn.", at_least(0)
     )
-    epochs: int = field(
-        0,
-        "Times that it is read, after which it drops out and the others go on in their proportions; 0 for as long as "
-        "the run goes on.",
-        at_least(0),
+    epochs: int = field(0, "Times that it is read; 0 for as long as the run goes on.", at_least(0))
+    at_end: str = field(
+        "drop",
+        'What follows its last epoch: "drop", it drops out and the others go on in their proportions; "stop", the data '
+        "ends with its last document, and the run when all that was read until then is trained on, or before, at "
+        "train.num_steps.",
+        one_of("drop", "stop"),
     )
     held_out: float = field(0.0, "Share of its records that training never sees; evaluation reads them.", BELOW_ONE)
     columns: Mapping[str, str] = field({}, "What the task calls a part of a record -> what the record calls it.")
@@ -142,6 +144,18 @@ class DataConfig(Section):
         "it in threads of that process. What is read, and in which order, does not depend on the number.",
         at_least(0),
     )
+    cache_dir: str = field(
+        "",
+        "Folder that keeps what becomes of the files of images and sounds, by their content, for later epochs and for "
+        'other runs; hosts and runs may share it, and it may be deleted at any time. "" keeps nothing.',
+        _NO_ADDRESS,
+    )
+    cache_bytes: int = field(
+        10**11,
+        "Bytes that data.cache_dir may have: with so many nothing is added, and nothing is deleted. An image takes "
+        "6,912 for each soft token, so that the default holds 51,000 images of 280.",
+        at_least(1),
+    )
     long_masked: str = field(
         "drop",
         'Text longer than a row is split, unless part of it carries no loss: "drop" leaves such a document out, and '
@@ -174,13 +188,20 @@ class DataConfig(Section):
         """The sources that documents are drawn from, sorted by name."""
         return {name: source for name, source in sorted(self.sources.items()) if source.weight}
 
+    @property
+    def stopping(self) -> list[str]:
+        """The sources with which the data ends, by name; of none, it is endless."""
+        return [name for name, source in self.mixture.items() if source.at_end == "stop"]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         given = {name: source.weight for name, source in self.sources.items()}
         require(bool(self.mixture), "data.sources", given, "at least one source with a weight above 0")
         epochs = {name: source.epochs for name, source in self.mixture.items()}
-        goes_on = "0 for one source that is drawn from: train.num_steps says when a run ends"
-        require(0 in epochs.values(), "data.sources.*.epochs", epochs, goes_on)
+        for name in self.stopping:
+            require(epochs[name] > 0, f"data.sources.{name}.epochs", 0, "at least 1 with at_end='stop'")
+        goes_on = "0 for one source that is drawn from, or at_end='stop': nothing is left when all have dropped out"
+        require(0 in epochs.values() or bool(self.stopping), "data.sources.*.epochs", epochs, goes_on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +209,9 @@ class TrainConfig(Section):
     """The training step."""
 
     section = "train"
-    num_steps: int = field(1000, "Optimizer steps of the whole run.", at_least(1))
+    num_steps: int = field(
+        1000, "Optimizer steps of the whole run; it takes fewer where its data ends before.", at_least(1)
+    )
     grad_accum_steps: int = field(
         1, "Microbatches that a batch is split into; their gradients are accumulated.", at_least(1)
     )
@@ -209,7 +232,8 @@ class TrainConfig(Section):
     )
     experts: str = field(
         "auto",
-        'What computes the experts: "auto", by platform, or a key of gemma4_jax.ops.expert_parallel.IMPLEMENTATIONS.',
+        'What computes the experts: "auto", by platform, or a key of gemma4_jax.ops.expert_parallel.IMPLEMENTATIONS, '
+        'such as "mosaic_gpu", of tokamax for Hopper GPUs in bfloat16, which auto does not take.',
         NOT_EMPTY,
     )
     expert_exchange: str = field(
@@ -222,12 +246,13 @@ class TrainConfig(Section):
         "none",
         'What the forward pass keeps for the backward pass: "none" recomputes nothing, "dots" keeps the results of '
         'weight matmuls, "attention" those of attention, "full" only the input of each layer; "offload" moves that to '
-        "the memory of the host.",
+        "the memory of the host. All but the last also keep what experts of other devices made of the tokens.",
         one_of("none", "dots", "attention", "full", "offload"),
     )
     loss_chunk: int = field(
         128,
-        "Positions of a row whose logits exist at one time, at most: the largest divisor of data.seq_len is taken.",
+        "Positions of a row whose logits exist at one time, at most: the largest divisor of data.seq_len is taken, and "
+        "where mesh.context spreads a row, as many positions from each of its devices.",
         at_least(1),
     )
     z_loss_weight: float = field(
@@ -415,13 +440,19 @@ class RunConfig(Section):
         """
         return parse(cls, values)
 
-    def resolved(self) -> "RunConfig":
-        """With every value that follows from others: patches, chunk, balance of the experts, rows of evaluation."""
+    def resolved(self, context: int = 1) -> "RunConfig":
+        """With every value that follows from others: patches, chunk, balance of the experts, rows of evaluation.
+
+        Args:
+          context: devices over which the positions of a row are spread. A chunk has as many positions from each.
+        """
         data, train = self.data, self.train
         vision = self.model.vision
         cell = vision.pooling_size**2 if vision else 0
         patches = data.patches_per_row or data.images_per_row * data.soft_tokens_per_image * cell
-        chunk = next(n for n in range(min(train.loss_chunk, data.seq_len), 0, -1) if data.seq_len % n == 0)
+        length, most = data.seq_len // context, min(train.loss_chunk, data.seq_len) // context
+        # Where there is none, `check_mesh` says so of the value that was given.
+        chunk = next((n * context for n in range(most, 0, -1) if length % n == 0), train.loss_chunk)
         rows = data.batch_size // train.grad_accum_steps
         balance = 0.0 if self.init.from_hf or self.init.from_run else 0.01
         balance = balance if train.load_balance_weight < 0 else train.load_balance_weight
@@ -440,7 +471,7 @@ def check_mesh(config: RunConfig, mesh: Mapping[str, int]) -> None:
     """Checks that rows and positions of a batch spread evenly.
 
     Args:
-      config: of the run, resolved.
+      config: of the run, resolved for the mesh.
       mesh: mesh axis -> devices along it.
     Raises:
       InputError: they do not.
@@ -457,3 +488,5 @@ def check_mesh(config: RunConfig, mesh: Mapping[str, int]) -> None:
     if mesh["context"] > 1:
         even = f"a multiple of {2 * mesh['context']}, two chunks for each shard of mesh.context={mesh['context']}"
         require(data.seq_len % (2 * mesh["context"]) == 0, "data.seq_len", data.seq_len, even)
+        chunk, even = config.train.loss_chunk, f"a position or more for each shard of mesh.context={mesh['context']}"
+        require(chunk % mesh["context"] == 0, "train.loss_chunk", chunk, even)

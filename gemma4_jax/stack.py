@@ -10,15 +10,16 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-_ROUTED = jax.checkpoint_policies.save_only_these_names("routed")
+_OF_EXPERTS = "routed", "exchanged"
 
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ROUTED
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(*_OF_EXPERTS),
     ),
-    "attention": jax.checkpoint_policies.save_only_these_names("attended", "routed"),
-    "full": _ROUTED,
+    "attention": jax.checkpoint_policies.save_only_these_names("attended", *_OF_EXPERTS),
+    "full": jax.checkpoint_policies.save_only_these_names(*_OF_EXPERTS),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=["routed"],
         names_which_can_be_offloaded=["residual"],
@@ -28,7 +29,8 @@ REMAT_POLICIES = {
 }
 """What a stack keeps of a layer for the backward pass beside its input: everything, results of weight matmuls, those of
 attention, or nothing; "offload" keeps nothing, and moves the input to the memory of the host. Which expert a token went
-to, all of them keep: it is small, and is decided once."""
+to, all of them keep: it is small, and is decided once. What experts of other devices made of the tokens, all but
+"offload" keep: it is as large as the input, and would else travel again, from each device that shares the experts."""
 
 
 def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:

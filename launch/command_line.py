@@ -163,7 +163,7 @@ def _check_flags(arguments: Sequence[str], command_flags: flags.FlagValues) -> N
     for argument in arguments:
         match = re.match(r"--?([A-Za-z][^=]*)", argument)
         if match and not re.match(r"(no)?config\.", match[1]) and match[1] not in command_flags:
-            near = nearest(match[1], ["config", *command_flags])
+            near = nearest(match[1].partition(".")[0], ["config", *command_flags])
             raise InputError(f"{argument} is not possible: there is no such flag, the nearest is --{near}.")
 
 
@@ -183,8 +183,22 @@ def _check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
             )
         if path not in known:
             raise unknown_field(path, value, [*known, *leaf_names(RunConfig)])
+        if path in _FREE:
+            _check_names(path, value[1:])
         if known[path] is None:
             raise InputError(f"{path}{value} is not possible: it is None here, and only a config file can set it.")
+
+
+def _check_names(path: str, value: str) -> None:
+    """Refuses a dictionary in which a name comes twice, of which Python would silently take the last."""
+    try:
+        parts = list(ast.walk(ast.parse(value, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # which its flag says
+        return
+    for part in parts:
+        names = [key.value for key in part.keys if isinstance(key, ast.Constant)] if isinstance(part, ast.Dict) else []
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InputError(f"--config.{path} names {twice!r} twice: give each a name of its own.")
 
 
 _FREE = ("data.sources", "evaluators")

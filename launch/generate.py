@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from gemma4_jax.generation import generate
 
-    model, processor = _load(Path(model_dir), given.pop("dtype"))
+    model, processor = _load(local_path(model_dir), given.pop("dtype"))
     prompt, images, audios, is_raw = (given.pop(name) for name in ("prompt", "image", "audio", "raw"))
     if processor.chat_template is not None and not is_raw:
         media = [*({"type": "image"} for _ in images), *({"type": "audio"} for _ in audios)]

@@ -9,13 +9,16 @@ read OUT/SOURCE, with the kind `prepared`, and see the same batches. What a sour
   gemma4 prepare --config=my_config.py --out=prepared --task=3/100       # every 100th shard, from number 3 on
 
 The same command again goes on where it was stopped, and makes damaged shards anew. Jobs --task=0/N to --task=N-1/N may
-run on N machines at any time, in any order; whichever ends last writes the manifest.
+run on N machines at any time, in any order; whichever ends last writes the manifest. So do the executors of datatrove,
+which `Step` is for: docs/data.md has the script.
 """
 
+import dataclasses
+import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -32,6 +35,34 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
       InputError: the config, the data or the folder are not acceptable.
     """
+    _prepare(arguments, print)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """This command as a step of a datatrove pipeline: on any executor, task r of n is --task=r/n in one process.
+
+    Attributes:
+      arguments: of the command, without --task and --workers.
+    """
+
+    arguments: Sequence[str]
+
+    def __call__(self, data: object, rank: int, world_size: int) -> None:
+        """Makes a part of the shards, and tells the log of the task how it goes.
+
+        Args:
+          data: of the step before, if there is any; it is not read.
+          rank: of the task.
+          world_size: tasks in all.
+        Raises:
+          InputError: as the command does.
+        """
+        logger = importlib.import_module("datatrove.utils.logging").logger
+        _prepare([*self.arguments, f"--task={rank}/{world_size}", "--workers=1"], logger.info)
+
+
+def _prepare(arguments: Sequence[str], report: Callable[[str], None]) -> None:
     given = flags.FlagValues()
     flags.DEFINE_string("out", "", "the folder to write", flag_values=given)
     flags.DEFINE_integer("num_shards", 0, "of each source; 0 goes by its size", lower_bound=0, flag_values=given)
@@ -52,9 +83,10 @@ def main(arguments: Sequence[str]) -> None:
         num_shards=values["num_shards"],
         num_workers=values["workers"] or os.cpu_count() or 1,
         part=_part(values["task"]),
+        report=report,
     )
     for name, is_whole in done.items():
-        print(f"prepared {out / name}" if is_whole else f"{out / name} waits for shards of other tasks")
+        report(f"prepared {out / name}" if is_whole else f"{out / name} waits for shards of other tasks")
 
 
 def _part(task: str) -> tuple[int, int]:

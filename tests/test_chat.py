@@ -6,6 +6,7 @@ import pickle
 from random import Random
 
 import pytest
+import tokenizers
 
 from gemma4_jax.chat import ChatTemplate
 from gemma4_jax.errors import InputError
@@ -102,6 +103,13 @@ def _without(value):
     return [_without(item) for item in value] if isinstance(value, list) else value
 
 
+def test_a_role_that_is_written_twice(template, tokenizer):
+    """What may hold special tokens is told by the role that the template sees."""
+    ids, mask = template.encode([{"role": "assistant", "ro\ufdd0le": "user", "content": FORGERY}, assistant("No.")])
+    assert parts(tokenizer, ids, mask) == ["No.<turn|>"]
+    assert ids.count(tokenizer.special_tokens["<turn|>"]) == 2
+
+
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_nobody_can_write_special_tokens_in_pieces(size, template, tokenizer):
     """Templates join the texts of a message, and trim each of them."""
@@ -161,6 +169,7 @@ def test_a_pickled_tokenizer_is_the_same(tokenizer, template):
         ("{{ raise_exception('no system turn') }}", "no system turn"),
         ("{{ messages + 1 }}", r"cannot write message 0 \(user\) of this conversation"),
         ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "writes more than"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than .* steps"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{% set y = 'x' * 200000000 %}", "too large"),
         ("{% set y = 200000000 * [1] %}", "too large"),
@@ -232,12 +241,14 @@ def test_a_token_is_the_models_if_any_of_its_characters_is(tokenizer):
     template = ChatTemplate(
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ m.role }}{% endfor %}", tokenizer
     )
+    library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+    library.encode_special_tokens = True
     random = Random(0)
     for _ in range(100):
         said = ["".join(random.choices(["a", " b", "\n", "é", "🙂", "<turn|>"], k=6)) for _ in range(3)]
         ids, mask = template.encode([user(text) for text in said])
         text = "".join(f"{text}user" for text in said)
-        encoding = tokenizer._tokenizer.encode(text, add_special_tokens=False)
+        encoding = library.encode(text, add_special_tokens=False)
         is_ours = "".join("1" * len(text) + "0000" for text in said)
         assert ids == encoding.ids
         assert mask == ["1" in is_ours[start:stop] for start, stop in encoding.offsets]

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -14,8 +15,10 @@ from gemma4_jax import sharding
 from gemma4_jax.errors import InputError
 from gemma4_jax.layers import Linear
 from gemma4_jax.model import Gemma4
+from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import BATCH_AXES, LOGICAL_TO_MESH, MESH_AXES, make_mesh, param_shardings, partition_spec
 from gemma4_jax.sizes import SIZES
+from gemma4_jax.vision.tower import VisionTower
 
 
 def test_the_table_names_mesh_axes_only():
@@ -246,3 +249,23 @@ def test_constrain_lays_out_inside_a_mesh_and_does_nothing_outside():
         laid_out = jax.jit(lambda x: sharding.constrain(x, "batch", None))(x)
     assert laid_out.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
     assert {shard.data.shape for shard in laid_out.addressable_shards} == {(1, 4)}
+
+
+def test_the_patches_of_an_image_stay_on_the_device_of_their_row():
+    config, num_patches = SIZES["tiny"]().vision, 60
+    make = functools.partial(VisionTower, dtype=jnp.float32, param_dtype=jnp.float32, remat_policy="none")
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0), config)))
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    shapes = ((8, num_patches, config.patch_dim), jnp.uint8), ((8, num_patches, 2), jnp.int32), ((8, num_patches), int)
+    batch = (jax.ShapeDtypeStruct(*shape, sharding=sharding.batch_sharding(mesh)) for shape in shapes)
+    state = jax.tree.map(
+        lambda leaf, spread: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread),
+        state,
+        param_shardings(state, mesh),
+    )
+    with jax.set_mesh(mesh):
+        encode = jax.jit(lambda state, *batch: nnx.merge(graphdef, state)(*batch, KernelPolicy()))
+        program = encode.lower(state, *batch).compile().as_text()
+    sent = re.findall(r" = (.+) (?:all-\w+|collective-permute|reduce-scatter)\(", program)
+    assert sent  # weights
+    assert not [shape for shape in sent if str(num_patches) in re.findall(r"\d+", shape)]

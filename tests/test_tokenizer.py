@@ -129,4 +129,40 @@ def test_where_tokens_end_is_where_the_library_says(tmp_path, normalizer, reads_
         ids, ends = tokenizer.encode_with_ends(text, reads_special_tokens=reads_special_tokens)
         expected = library.encode(text, add_special_tokens=False)
         assert ids == expected.ids
-        assert ends.tolist() == [stop for _, stop in expected.offsets]
+        assert ends == [stop for _, stop in expected.offsets]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": " "}, "content": "▁"}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁▁"}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"String": "a"}, "behavior": "Isolated", "invert": False}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": True}},
+        {"token": {"content": "▁▁"}},
+        {"token": {"content": "b a"}},
+        {"token": {"content": "b a", "normalized": True}},
+        {"token": {"content": "[END]", "lstrip": True}},
+        {"token": {"content": "[END]", "rstrip": True}},
+        {"token": {"content": "[END]", "single_word": True}},
+    ],
+)
+@pytest.mark.parametrize("reads_special_tokens", [False, True])
+def test_what_is_done_in_place_of_the_library(tmp_path, more, reads_special_tokens):
+    """Blanks are replaced before the library sees them, where that is the same."""
+    content = json.loads(Tokenizer.load("bundled").path.read_text("utf-8"))
+    if "token" in more:
+        new = content["added_tokens"][0] | {"id": len(content["model"]["vocab"]), "special": False} | more["token"]
+        content["added_tokens"].append(new)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content | {name: step for name, step in more.items() if name != "token"}), "utf-8")
+    tokenizer, library = Tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
+    library.encode_special_tokens = not reads_special_tokens
+    random = Random(0)
+    for _ in range(200):
+        text = "".join(random.choices(["a", " b", " ", "  ", "\n", "é", "▁", "▁▁", "<eos>", "[END]", " a"], k=20))
+        ids, ends = tokenizer.encode_with_ends(text, reads_special_tokens=reads_special_tokens)
+        expected = library.encode(text, add_special_tokens=False)
+        assert ids == expected.ids
+        assert ends == [stop for _, stop in expected.offsets]

@@ -93,7 +93,7 @@ def initial_values(config: RunConfig, abstract: TrainState, run_dir: Path) -> nn
     if init.from_run:
         run = local_path(init.from_run)
         carried = run / CARRIED
-        if carried.exists():
+        if agree(carried.exists):
             _carry(partial(shutil.copyfile, carried), run_dir)
         values = _restore(run, wanted)
         _check_values(values, model_config, f"init.from_run={init.from_run!r}")
@@ -126,17 +126,18 @@ def _check_values(values: nnx.State, model_config: Gemma4Config, given: str) -> 
 
 def _carry(write: Callable[[Path], Any], run_dir: Path) -> None:
     """Lets the first process write the tensors that exports of the run carry, whole or not at all."""
-    if not is_first():
-        return
     temporary = run_dir / f".{CARRIED}.{os.getpid()}.tmp"
-    try:
-        write(temporary)
-        temporary.replace(run_dir / CARRIED)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(f"{run_dir / CARRIED} cannot be written ({reason}).") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with led_by_first():
+        if not is_first():
+            return
+        try:
+            write(temporary)
+            temporary.replace(run_dir / CARRIED)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise InputError(f"{run_dir / CARRIED} cannot be written ({reason}).") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _restore(run: Path, wanted: nnx.State) -> nnx.State:

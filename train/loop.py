@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from gemma4_jax import processes
 from gemma4_jax.batch import Batch
+from gemma4_jax.checkpoints.integrity import checkpoint_steps
 from gemma4_jax.data.iterator import TrainIterator, add_counters, read_counters
 from gemma4_jax.data.pipeline import make_train_iterator
 from gemma4_jax.data.tally import left_out_sentences
 from gemma4_jax.errors import InputError
 from gemma4_jax.files import local_path
 from gemma4_jax.run_config import RunConfig
-from gemma4_jax.sharding import BATCH_AXES, batch_sharding, make_mesh
+from gemma4_jax.sharding import batch_sharding, make_mesh
 from gemma4_jax.tokenizer import Tokenizer
 from gemma4_jax.train.checkpoint import Checkpoints
 from gemma4_jax.train.evaluators import Evaluator, Setting, make_evaluator
@@ -33,7 +33,7 @@ from gemma4_jax.train.interruption import Interruption
 from gemma4_jax.train.lock import RunLock
 from gemma4_jax.train.metrics import Meter, MetricsLog, read_records
 from gemma4_jax.train.profiler import Profiler
-from gemma4_jax.train.program import Program, compile_step, make_program
+from gemma4_jax.train.program import Program, batch_part, compile_step, make_program
 from gemma4_jax.train.report import summarize, write_report, write_summary
 from gemma4_jax.train.run_dir import open_run_dir, run_tokenizer
 from gemma4_jax.train.state import create_state
@@ -54,17 +54,17 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     mesh = make_mesh(vars(config.mesh))
-    _check_processes(mesh)
+    part, num_parts = batch_part(mesh)
     with contextlib.ExitStack() as stack:
         terminal = stack.enter_context(Terminal(is_shown=processes.is_first()))
-        lock = RunLock(local_path(config.run_dir).absolute(), terminal.say)
+        run_dir = local_path(config.run_dir).absolute()
+        lock = RunLock(run_dir, terminal.say)
         interruption = stack.enter_context(Interruption(terminal.say, terminal.stop, lock.release))
+        interruption.saved_step = max(checkpoint_steps(run_dir), default=None)  # until it is known which is intact
         program = make_program(config, mesh)
         tokenizer = run_tokenizer(config)
         with terminal.stage("opening the data", "opened the data"):
-            iterator = make_train_iterator(
-                program.config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
-            )
+            iterator = make_train_iterator(program.config, tokenizer, process_index=part, process_count=num_parts)
             stack.callback(iterator.close)
             run = _Run(program, tokenizer, iterator, terminal, interruption, lock)
         # Only now: a run that cannot begin leaves no config behind that the next one would have to be like.
@@ -140,8 +140,9 @@ class _Run:
             share = _count(self.state.frozen) / _count(self.state.model)
             terminal.say(f"frozen are {share:.1%} of the parameters, in {', '.join(frozen)}")
         self.meter = Meter(config.log.every_steps, self.num_steps, config.data.batch_size * config.data.seq_len)
-        is_first = processes.is_first()
-        self.log = MetricsLog(run_dir, self.step, tensorboard=config.log.tensorboard) if is_first else None
+        with processes.led_by_first():
+            is_first = processes.is_first()
+            self.log = MetricsLog(run_dir, self.step, tensorboard=config.log.tensorboard) if is_first else None
         self.profiler = Profiler(run_dir / "profile", config.log.profile_step)
         # First of all a checkpoint, for an evaluation takes long.
         self.hooks = [Hook(config.checkpoint.every_steps, self._save)]
@@ -152,8 +153,8 @@ class _Run:
         """Takes the steps that are left."""
         self._make_up_for_evaluations()
         train_step = None
-        while self.step < self.num_steps:
-            batch, data_wait = self._next_batch()
+        while self.step < self.num_steps and (found := self._next_batch()) is not None:
+            batch, data_wait = found
             if train_step is None:
                 train_step, data_wait = self._compile(), 0.0
             with jax.transfer_guard("disallow"):
@@ -169,6 +170,8 @@ class _Run:
             for hook in self.hooks:
                 if self._is_due(hook.every_steps):
                     hook.call()
+        if self.step < self.num_steps:
+            self._end_with_data()
         self._wait_for_save()
 
     def finish(self, started: float) -> dict[str, Any]:
@@ -187,29 +190,37 @@ class _Run:
                 more, shown = evaluator.finish(self.state)
                 figures |= _named(name, {**measured, **more})
                 readings += shown
-        records = read_records(self.run_dir / "metrics.jsonl") if processes.is_first() else []
+        with processes.led_by_first():
+            records = read_records(self.run_dir / "metrics.jsonl") if processes.is_first() else []
         summary: dict[str, Any] = {
             "steps": self.step,
+            "data_ended": self.step < self.config.train.num_steps,
             **figures,
             **processes.agree(lambda: summarize(records)),
             "compile_seconds": self.compile_seconds,
             "peak_rss_bytes": _peak_rss_bytes(),
             "wall_seconds": time.perf_counter() - started,
             "parameters": _count(self.state.model),
-            "data": add_counters(processes.gather(read_counters(self.iterator))),
+            "data": self._count_documents(),
         }
-        if self.log is not None:
-            self.log.close()
-            # The report first: a summary says that the run is finished.
-            write_report(self.run_dir, self.config.name, summary, records, readings, list(self.evaluators))
-            write_summary(self.run_dir, summary)
-            for sentence in left_out_sentences(summary["data"]):
-                self.terminal.say(sentence)
-            self.terminal.say(f"report: {self.run_dir / 'report.html'}")
+        with processes.led_by_first():  # which may have no room left on its disk
+            if self.log is not None:
+                self.log.close()
+                # The report first: a summary says that the run is finished.
+                write_report(self.run_dir, self.config.name, summary, records, readings, list(self.evaluators))
+                write_summary(self.run_dir, summary)
+        for sentence in left_out_sentences(summary["data"]):
+            self.terminal.say(sentence)
+        self.terminal.say(f"report: {self.run_dir / 'report.html'}")
         return summary
 
-    def _next_batch(self) -> tuple[Batch, float]:
-        """The next global batch, and how long the devices stood idle waiting for it.
+    def _count_documents(self) -> dict[str, dict[str, int]]:
+        """The counters of each source over all rows of a batch, each of which counts once, whoever else reads it."""
+        counted = processes.gather((batch_part(self.mesh)[0], read_counters(self.iterator)))
+        return add_counters(dict(counted).values())
+
+    def _next_batch(self) -> tuple[Batch, float] | None:
+        """The next global batch, and how long the devices stood idle waiting for it; None where the data has ended.
 
         While the devices are at work, waiting costs nothing. If they were done by the time that the batch came, all
         of the waiting counts: a little too much, never too little.
@@ -217,8 +228,23 @@ class _Run:
         asked = time.perf_counter()
         local = next(self.iterator)
         data_wait = time.perf_counter() - asked if self.meter.is_idle() else 0.0
+        if self.config.data.stopping and not any(processes.gather(bool(local.segment_ids.any()))):
+            return None  # in every process: one whose rows are at their end goes on with empty ones until then
         put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(self.mesh))
         return jax.tree.map(put, local), data_wait
+
+    def _end_with_data(self) -> None:
+        """Does what is due after the last step, which is only now known to have been that."""
+        stopping = ", ".join(f"data.sources.{name}" for name in self.config.data.stopping)
+        ends = f"the data ends, as at_end='stop' of {stopping} says"
+        if not self.step:
+            raise InputError(f"{ends}, before the first batch: none of its documents can be used.")
+        self._tell(self.meter.flush())
+        self.terminal.say(f"step {self.step} of {self.num_steps} was the last: {ends}")
+        self.num_steps = self.step
+        if self.step not in (self.saving, self.interruption.saved_step):
+            self._save()
+        self._make_up_for_evaluations()
 
     def _compile(self) -> Any:
         """Compiles all that the run will need, so that it cannot fail for want of it later, with steps to lose."""
@@ -310,7 +336,8 @@ class _Run:
     def _save(self) -> None:
         # A step that was not sane must not become a checkpoint: telling it stops the run first.
         self._tell(self.meter.drain())
-        self.lock.check()
+        with processes.led_by_first():
+            self.lock.check()
         self.checkpoints.save(self.step, self.state, self.iterator)
         self.saving = self.step
         self.meter.restart()
@@ -334,15 +361,6 @@ class _Run:
         self.interruption.leave()
 
 
-def _check_processes(mesh: Mesh) -> None:
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if shards % jax.process_count():
-        raise InputError(
-            f"mesh spreads the rows of a batch over {shards} devices (data, fsdp and expert): "
-            f"it must be a multiple of the {jax.process_count()} processes, each of which reads its own rows."
-        )
-
-
 def _named(evaluator: str, figures: Mapping[str, float]) -> dict[str, float]:
     return {f"{evaluator}_{name}": value for name, value in figures.items()}
 
@@ -363,12 +381,13 @@ def _told_at(run_dir: Path, step: int) -> list[str]:
 
 def _summary_of_finished(run_dir: Path, latest_step: int | None, num_steps: int) -> dict[str, Any] | None:
     path = run_dir / "summary.json"
-    if latest_step is None or latest_step < num_steps or not path.exists():
+    if latest_step is None or not path.exists():
         return None
     try:
         summary = json.loads(path.read_text("utf-8"))
-        return summary if summary["steps"] == latest_step else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        is_over = latest_step >= num_steps or summary.get("data_ended", False)
+        return summary if is_over and summary["steps"] == latest_step else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read as the summary of a run: remove it, and the same command writes it again."
         ) from error

@@ -4,7 +4,7 @@ Conventions:
 - A group is a regular expression that matches the whole dotted path of a parameter; the first that matches decides. A
   parameter in none is trained with the run's own settings.
 - What is frozen, by a learning-rate scale of 0 or because it is in a tower that no row has room for, is no argument of
-  the loss that is differentiated, counts in no norm and has no optimizer state.
+  the loss that is differentiated, counts in no norm of gradients and has no optimizer state.
 - Weight decay applies to matrices, embeddings among them, and never to norm scales and other vectors. What a
   parameter is, its own axes say: the leading axis of a scanned stack does not make a matrix of a vector.
 - Decay is decoupled and scaled by the learning rate of the group, as in optax.adamw.

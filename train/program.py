@@ -1,6 +1,7 @@
 """What a run compiles, for the devices of its mesh: those of this machine, or some that are only described."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,10 +10,11 @@ from jax.sharding import Mesh
 
 from gemma4_jax.batch import FIELDS, Batch
 from gemma4_jax.data.pack import RowShape
+from gemma4_jax.errors import InputError
 from gemma4_jax.model import attention_shapes
 from gemma4_jax.ops.attention import check_policy
 from gemma4_jax.run_config import RunConfig, check_mesh
-from gemma4_jax.sharding import batch_sharding
+from gemma4_jax.sharding import BATCH_AXES, batch_sharding
 from gemma4_jax.train.objectives import Objective
 from gemma4_jax.train.objectives.sft import sft
 from gemma4_jax.train.optimizer import make_optimizer
@@ -59,7 +61,7 @@ def resolve(config: RunConfig, mesh: Mesh) -> RunConfig:
     Raises:
       InputError: the batch does not spread evenly over the mesh.
     """
-    resolved = config.resolved()
+    resolved = config.resolved(mesh.shape["context"])
     check_mesh(resolved, mesh.shape)
     if config.train.compute_dtype != "auto":
         return resolved
@@ -94,6 +96,29 @@ def make_program(config: RunConfig, mesh: Mesh, objective: Objective | None = No
         make_eval_step(graphdef, shardings, chunk=config.train.loss_chunk),
         row,
     )
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Which part of the rows of a batch this process reads, and how many parts there are.
+
+    Processes that have other positions or heads of the same rows read the same part.
+
+    Raises:
+      InputError: the processes do not share the rows evenly.
+    """
+    shards = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH_AXES), -1)
+    rows: dict[int, list[int]] = {}  # process -> the shards of rows of its devices
+    for i, devices in enumerate(shards):
+        for process in {device.process_index for device in devices}:
+            rows.setdefault(process, []).append(i)
+    parts = sorted(set(map(tuple, rows.values())))
+    if len(set(map(len, parts))) > 1 or sum(map(len, parts)) != len(shards):
+        raise InputError(
+            f"mesh spreads the rows of a batch over {len(shards)} devices (data, fsdp and expert), which "
+            f"{len(rows)} processes do not share evenly: let each have as many of these shards as any other, its own "
+            "or, where mesh.context or mesh.tensor goes over processes, the very same as others."
+        )
+    return parts.index(tuple(rows[jax.process_index()])), len(parts)
 
 
 def unreached(row: RowShape) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma4_jax.data.charts import heat_map, line_chart
+from gemma4_jax.data.charts import STYLE, heat_map, line_chart
 from gemma4_jax.data.figures import duration, memory, number
 from gemma4_jax.data.images import image_element
 from gemma4_jax.data.tally import LEFT_OUT
@@ -20,22 +20,27 @@ _MAX_COLUMNS = 120
 _MAX_QUESTION = 300
 """Characters of a question that are shown, its last."""
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #111; }
+_STYLE = (
+    STYLE
+    + """
+:root { color-scheme: light dark; --quiet: #555; --bad: #dc2626; --good: #059669; }
+@media (prefers-color-scheme: dark) { :root { --quiet: #9aa4b5; --bad: #ff7b7b; --good: #3ddc97; } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: 0.1rem 1.2rem 0.1rem 0; text-align: left; font-weight: 400; }
-td + td, th + th { text-align: right; font-variant-numeric: tabular-nums; } th { color: #555; vertical-align: bottom; }
-.warning { padding: 0.5rem 0.8rem; border-left: 4px solid #dc2626; background: #fef2f2; color: #b91c1c; }
-.data td:last-child, .data th:last-child { text-align: left; } td.many { color: #dc2626; font-weight: 600; }
-svg { margin: 0.4rem 0.6rem 0.4rem 0; max-width: 100%; height: auto; } .title { font-size: 14px; font-weight: 600; }
-.tick { font-size: 11px; fill: #555; } .grid { stroke: #e5e7eb; }
+td + td, th + th { text-align: right; font-variant-numeric: tabular-nums; }
+th { color: var(--quiet); vertical-align: bottom; }
+.warning { padding: 0.5rem 0.8rem; border-left: 4px solid #dc2626; background: rgb(220 38 38 / .1); color: var(--bad); }
+.data td:last-child, .data th:last-child { text-align: left; } td.many { color: var(--bad); font-weight: 600; }
+svg { margin: 0.4rem 0.6rem 0.4rem 0; }
 .samples { display: flex; flex-wrap: wrap; gap: 0.8rem; }
 figure { margin: 0; padding: 0.5rem; border: 2px solid; border-radius: 6px; text-align: center; }
-figure.right { border-color: #059669; } figure.wrong { border-color: #dc2626; }
+figure.right { border-color: var(--good); } figure.wrong { border-color: var(--bad); }
 img { display: block; margin: 0 auto; max-width: 100%; height: auto; }
 figcaption { font: 13px ui-monospace, monospace; white-space: pre; }
-.wrong b { color: #dc2626; } .right b { color: #059669; }
+.wrong b { color: var(--bad); } .right b { color: var(--good); }
 """
+)
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -101,6 +106,7 @@ def write_report(
 
 
 _LABELS = {
+    "data_ended": "ended with its data, before train.num_steps",
     "step_seconds_median": "time of a step (median)",
     "data_wait_share": "waiting for data",
     "packing_efficiency": "places of a row that hold tokens",
@@ -208,15 +214,16 @@ def _expert_load(records: Sequence[Mapping[str, Any]]) -> list[str]:
     loads = [record["expert_load"] for record in records if record.get("expert_load")]
     if not loads:
         return []
+    steps = [record["step"] for record in records if record.get("expert_load")]
     num_layers, num_experts = len(loads[0]), len(loads[0][0])
     stride = -(-len(loads) // _MAX_COLUMNS)
-    shown = loads[::stride]
+    shown, steps = loads[::stride], steps[::stride]
     scale = num_experts / num_layers
     over_steps = [[scale * sum(layer[expert] for layer in load) for load in shown] for expert in range(num_experts)]
     by_layer = [[share * num_experts for share in layer] for layer in loads[-1]]
     return [
         "<h2>Expert load</h2><p>Share of tokens relative to an even spread: white is even, red more, blue less.</p>",
-        heat_map("Over steps, mean over layers", over_steps, row_name="expert", column_name="steps"),
+        heat_map("Over steps, mean over layers", over_steps, row_name="expert", column_name="step", columns=steps),
         heat_map("At the end", by_layer, row_name="layer", column_name="expert"),
     ]
 

@@ -32,8 +32,9 @@ from gemma4_jax.tokenizer import Tokenizer
 
 MAY_CHANGE = (
     "run_dir", "name", "mesh", "data.sources.*.path", "data.sources.*.options.files", "data.num_workers",
-    "data.max_left_out", "data.allow_changes", "train.num_steps", "train.attention", "train.experts",
-    "train.expert_exchange", "train.remat", "checkpoint", "evaluators", "log", "export",
+    "data.cache_dir", "data.cache_bytes", "data.max_left_out", "data.allow_changes", "train.num_steps",
+    "train.attention", "train.experts", "train.expert_exchange", "train.remat", "checkpoint", "evaluators", "log",
+    "export",
 )  # fmt: skip
 """Fields, and sections, that may differ from one start of a run to the next.
 

@@ -54,7 +54,7 @@ class PreparedSource(Source):
             raise InputError(f"{shard.text} is damaged ({error}): run `gemma4 prepare` again.") from error
         if len(record) > MAX_RECORD_BYTES:
             raise InputError(f"a record of {len(record)} bytes is refused: at most {MAX_RECORD_BYTES} are read.")
-        return {"encoded": from_record(record, shard.patches, self._encoding)}
+        return {"encoded": from_record(record, shard.media, self._encoding)}
 
     def fingerprint(self) -> dict[str, Any]:
         digest = hashlib.blake2b(json.dumps(self._digests, sort_keys=True).encode(), digest_size=16)

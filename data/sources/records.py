@@ -10,7 +10,7 @@ from gemma4_jax.data.sources.files import File, read_range
 from gemma4_jax.data.sources.index import ColumnWriter, once_found
 from gemma4_jax.data.sources.json_array import find_elements
 from gemma4_jax.data.sources.unpack import unpacked
-from gemma4_jax.errors import InputError
+from gemma4_jax.errors import InputError, reason_of
 
 MAX_RECORD_BYTES = 2**22
 """A longer record is refused before it is read."""
@@ -132,7 +132,7 @@ def parse_json(content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of too many digits
-        raise InputError(str(error)) from error
+        raise InputError(f"it is not JSON ({reason_of(error)}).") from error
 
 
 def _is_in_string(code: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """A record of any known shape, each made a document by the task of its shape."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -14,7 +14,7 @@ from gemma4_jax.data.tasks.preference import preference
 from gemma4_jax.data.tasks.segments import segments
 from gemma4_jax.data.tasks.speech import speech
 from gemma4_jax.data.tasks.text import text
-from gemma4_jax.data.tasks.video import video
+from gemma4_jax.data.tasks.video import SOFT_TOKENS_PER_FRAME, video
 from gemma4_jax.errors import InputError
 
 TRANSCRIPTS = ("text", "transcript", "transcription", "sentence")
@@ -34,7 +34,9 @@ SHAPES: dict[tuple[str, ...], str] = {
 """Columns that a record of a shape has -> its task."""
 
 
-def auto(*, last_turn_only: bool = False, **record: Any) -> Document | Pair:
+def auto(
+    *, last_turn_only: bool = False, soft_tokens_per_frame: int = SOFT_TOKENS_PER_FRAME, **record: Any
+) -> Document | Pair:
     """The document, or the pair, of a record whose columns tell what it is: one of `SHAPES`, with any columns beside.
 
     One of prepared data, which is encoded already, is taken as it is.
@@ -43,6 +45,7 @@ def auto(*, last_turn_only: bool = False, **record: Any) -> Document | Pair:
 
     Args:
       last_turn_only: of conversations, see `chat`.
+      soft_tokens_per_frame: of videos, see `video`.
       record: a null is as good as nothing.
     Raises:
       InputError: it is of no known shape, or of several.
@@ -67,7 +70,7 @@ def auto(*, last_turn_only: bool = False, **record: Any) -> Document | Pair:
         case "segments":
             return segments(segments=given["segments"])
         case "chat":
-            return chat(last_turn_only=last_turn_only, **given)
+            return chat(last_turn_only=last_turn_only, soft_tokens_per_frame=soft_tokens_per_frame, **given)
         case "interleaved":
             return interleaved(given["texts"], given["images"])
         case "speech":
@@ -75,7 +78,7 @@ def auto(*, last_turn_only: bool = False, **record: Any) -> Document | Pair:
             return speech(given["audio"], said, given.get("prompt", ""))
         case "video":
             beside = {name: given[name] for name in ("fps", "timestamps", "prompt") if name in given}
-            return video(given["frames"], given["text"], **beside)
+            return video(given["frames"], given["text"], soft_tokens_per_frame=soft_tokens_per_frame, **beside)
         case "preference":
             return preference(**{name: given[name] for name in parameters_of(preference) if name in given})
         case "caption":
@@ -84,14 +87,34 @@ def auto(*, last_turn_only: bool = False, **record: Any) -> Document | Pair:
             return text(given["text"])
 
 
-def _refusal(record: Mapping[str, Any], tasks: list[str]) -> str:
+def check_columns(columns: Collection[str]) -> None:
+    """Refuses a source none of whose records can be of a known shape.
+
+    Args:
+      columns: that its records have, by the names of the tasks.
+    Raises:
+      InputError: no shape has these.
+    """
+    if "encoded" not in columns and not any(set(shape) <= set(columns) for shape in SHAPES):
+        raise InputError(_refusal(columns, []))
+
+
+def _refusal(record: Collection[str], tasks: list[str]) -> str:
     columns = ", ".join(map(str, record)) or "none"
     if tasks:
         return f"its columns, {columns:.200}, are of several shapes: name its task, one of {', '.join(tasks)}."
-    accepted = ", or ".join(" and ".join(shape) for shape in SHAPES)
     near = max(SHAPES, key=lambda shape: _likeness(shape, [str(column) for column in record]))
-    known = f"those are {accepted}; the nearest is {' and '.join(near)}"
-    return f"its columns, {columns:.200}, are of no known shape: {known}."
+    known = f"{_accepted()}, by these names or those in `columns`; the nearest is {' and '.join(near)}"
+    return f"its columns, {columns:.200}, are of no known shape: those are {known}."
+
+
+def _accepted() -> str:
+    """The shapes, those together that differ in their last column."""
+    ends: dict[tuple[str, ...], list[str]] = {}
+    for *first, last in SHAPES:
+        ends.setdefault(tuple(first), []).append(last)
+    alone = ends.pop(())
+    return "; ".join([*alone, *(" and ".join((*first, " or ".join(last))) for first, last in ends.items())])
 
 
 def _likeness(shape: Sequence[str], columns: Sequence[str]) -> float:

@@ -10,6 +10,9 @@ An image stands in its part, {"type": "image", "image": ...} or {"type": "image_
 the column `image` or `images`, for each {"type": "image"}, and each "<image>" in a text that is not the model's, in
 order. Where nothing says where they stand, it is before the first thing that the user says. Sounds likewise: audio,
 audios, "<audio>". "<image>" is a place in `conversations` always, in other forms where a column has images.
+
+A video is a list of its frames and their times, {"type": "video", "video": [IMAGE, IMAGE], "fps": 2} or {"timestamps":
+[0, 0.5]}; or in the column `video`, or of `videos` each, with `fps` or `timestamps` beside, for each "<video>".
 """
 
 import json
@@ -19,6 +22,7 @@ from typing import Any
 from gemma4_jax.data.document import Conversation, Document
 from gemma4_jax.data.tasks.places import MAX_PARTS, Message, place
 from gemma4_jax.data.tasks.text import as_text
+from gemma4_jax.data.tasks.video import SOFT_TOKENS_PER_FRAME
 from gemma4_jax.errors import InputError
 
 MAX_MESSAGES = 4096
@@ -31,11 +35,14 @@ ROLES = {
 """Who speaks, by what records call them."""
 
 
-def chat(*, last_turn_only: bool = False, **record: Any) -> Document:
+def chat(
+    *, last_turn_only: bool = False, soft_tokens_per_frame: int = SOFT_TOKENS_PER_FRAME, **record: Any
+) -> Document:
     """A conversation, of which the turns of the model carry loss.
 
     Args:
       last_turn_only: only the last of them does. Of a prompt of messages, those of its completion do in any case.
+      soft_tokens_per_frame: budget of each frame of a video.
       record: see this module's page. Nulls in it are left out: Arrow puts them where a row lacks what another has.
     """
     try:
@@ -53,13 +60,15 @@ def chat(*, last_turn_only: bool = False, **record: Any) -> Document:
         raise InputError(f"a conversation of {len(messages)} messages is refused: it may have 1 to {MAX_MESSAGES}.")
     if "system" in given and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": as_text(given["system"])}, *messages]
-    messages, segments = place(messages, given, marks_images=forms[0] == ("conversations",))
+    marks_images = forms[0] == ("conversations",)
+    messages, segments, videos = place(messages, given, soft_tokens_per_frame, marks_images=marks_images)
     tools = _json(given["tools"]) if given.get("tools") else None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise InputError(f"tools must be a list of JSON schemas of functions, and are {tools!r:.100}.")
     if last_turn_only:
         num_learned = 1
-    return Document(segments, conversation=Conversation(tuple(messages), tuple(tools) if tools else None, num_learned))
+    conversation = Conversation(tuple(messages), tuple(tools) if tools else None, num_learned, videos)
+    return Document(segments, conversation=conversation)
 
 
 def _without_nulls(value: Any) -> Any:

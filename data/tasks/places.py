@@ -1,12 +1,13 @@
-"""Where the images and sounds of a conversation stand in its messages."""
+"""Where the images, sounds and videos of a conversation stand in its messages."""
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gemma4_jax.data.document import Image, Sound
 from gemma4_jax.data.tasks.media import as_image, as_sound, decode_base64
+from gemma4_jax.data.tasks.video import as_video
 from gemma4_jax.errors import InputError
 
 MAX_PARTS = 4096
@@ -14,8 +15,7 @@ MAX_PARTS = 4096
 
 Message = dict[str, Any]
 
-_READ: dict[str, Callable[[Any], Image | Sound]] = {"image": as_image, "audio": as_sound}
-_CALLED = {"image": "images", "audio": "sounds"}
+_CALLED = {"image": "images", "audio": "sounds", "video": "videos"}
 _KINDS = {
     "image": "image",
     "image_url": "image",
@@ -23,24 +23,33 @@ _KINDS = {
     "audio": "audio",
     "audio_url": "audio",
     "input_audio": "audio",
+    "video": "video",
+    "video_url": "video",
 }
 """Type of a part -> what it is."""
 
 
 def place(
-    messages: list[Message], record: Mapping[str, Any], *, marks_images: bool
-) -> tuple[list[Message], tuple[Image | Sound, ...]]:
-    """Messages in which {"type": "image"} and {"type": "audio"} stand for images and sounds, and these in order.
+    messages: list[Message], record: Mapping[str, Any], soft_tokens_per_frame: int, *, marks_images: bool
+) -> tuple[list[Message], tuple[Image | Sound, ...], tuple[tuple[str, ...], ...]]:
+    """Messages in which {"type": "image"} and the like stand for what is there, and all that in order.
 
     Args:
       messages: as the forms of `chat` give them.
-      record: whose columns image, images, audio and audios hold what the messages have no content of.
+      record: whose columns image, images, audio, audios, video and videos hold what the messages have no content of.
+      soft_tokens_per_frame: budget of each frame of a video.
       marks_images: whether "<image>" is a place even where no column has images.
+    Returns:
+      (messages, images and sounds and frames, the times of the frames of each video).
     Raises:
       InputError: a place has nothing to stand there, or something has no place; or a part is of no known form.
     """
-    beside = {kind: [*_listed(record.get(kind)), *_listed(record.get(f"{kind}s"))] for kind in _READ}
-    marked = [kind for kind in _READ if beside[kind] or (kind == "image" and marks_images)]
+    beside = {
+        "image": [*_listed(record.get("image")), *_listed(record.get("images"))],
+        "audio": [*_listed(record.get("audio")), *_listed(record.get("audios"))],
+        "video": _videos(record),
+    }
+    marked = [kind for kind, given in beside.items() if given or (kind == "image" and marks_images)]
     placed = [_numbered(number, _with_parts, message, marked) for number, message in enumerate(messages)]
     for kind, given in beside.items():
         num_places = sum(part == {"type": kind} for part in _parts(placed))
@@ -56,11 +65,39 @@ def place(
             )
     waiting = {kind: iter(given) for kind, given in beside.items()}
     segments: list[Image | Sound] = []
+    videos = []
     for part in _parts(placed):
-        if part["type"] in _READ:
-            kind = part["type"]
-            segments.append(_READ[kind](part.pop("given") if "given" in part else next(waiting[kind])))
-    return placed, tuple(segments)
+        kind = part["type"]
+        if kind in waiting:
+            given = part.pop("given") if "given" in part else next(waiting[kind])
+            if kind == "video":
+                frames, fps, timestamps = given
+                shown = as_video(frames, fps, timestamps, soft_tokens_per_frame)
+                segments += shown.frames
+                videos.append(shown.times)
+            else:
+                segments.append(as_image(given) if kind == "image" else as_sound(given))
+    return placed, tuple(segments), tuple(videos)
+
+
+def _videos(record: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
+    """Of each video beside the messages: what it is, and its fps and timestamps.
+
+    Raises:
+      InputError: there are not as many of these as videos.
+    """
+    several = record.get("videos", [])
+    given = [*([record["video"]] if "video" in record else ()), *(several if isinstance(several, list) else [several])]
+    fps, timestamps = record.get("fps"), record.get("timestamps")
+    are_nested = isinstance(timestamps, list) and any(isinstance(times, list) for times in timestamps)
+    each = {
+        "fps": list(fps) if isinstance(fps, list) else [fps] * len(given),
+        "timestamps": list(timestamps or ()) if are_nested else [timestamps] * len(given),
+    }
+    for name, values in each.items():
+        if given and len(values) != len(given):
+            raise InputError(f"{name} are given for {len(values)} videos, and there are {len(given)}.")
+    return list(zip(given, each["fps"], each["timestamps"], strict=False))
 
 
 def _numbered(number: int, function: Any, message: Message, *arguments: Any) -> Message:
@@ -102,9 +139,11 @@ def _part(given: Any) -> Message:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise InputError(
             f'a part is {given!r:.100}, and must be {{"type": "text", "text": TEXT}}, {{"type": "image"}} with its '
-            "content or a column of images, or the same of audio."
+            "content or a column of images, or the same of audio or video."
         )
     content = _content_of(given, kind)
+    if content is not None and _KINDS[kind] == "video":
+        content = content, given.get("fps"), given.get("timestamps")
     return {"type": _KINDS[kind]} | ({} if content is None else {"given": content})
 
 

@@ -33,10 +33,10 @@ def _segment(segment: Any) -> Text | Image | Sound:
             loss = segment.get("loss", True)
             if isinstance(loss, bool):
                 return Text(text, loss)
-        case {"image": str() | bytes() | np.ndarray() | PIL.Image.Image()} if segment.keys() <= _IMAGE_FIELDS:
+        case {"image": str() | bytes() | dict() | np.ndarray() | PIL.Image.Image()} if segment.keys() <= _IMAGE_FIELDS:
             image = as_image(segment["image"])
             return Image(image.content, segment.get("max_soft_tokens"), image.name)
-        case {"audio": str() | bytes() | np.ndarray()} if len(segment) == 1:
+        case {"audio": str() | bytes() | dict() | np.ndarray()} if len(segment) == 1:
             return as_sound(segment["audio"])
     raise InputError(
         'a segment must be {"text": TEXT, "loss": true or false}, {"image": PATH, "max_soft_tokens": NUMBER} or '

@@ -10,7 +10,7 @@ from gemma4_jax.data.tasks.text import as_text
 def speech(audio: Any, text: Any, prompt: str = "") -> Document:
     """A sound, then a prompt without loss, then the text to learn: what is said, its translation, an answer.
 
-    A sound of more than 30 s stands in pieces, see `data.sounds.cut_sounds`.
+    A sound of more than 30 s stands in pieces, see `data.sound_pieces.cut_sounds`.
     """
     question = as_text(prompt)
     asked = (Text(question, loss=False),) if question else ()

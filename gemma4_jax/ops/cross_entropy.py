@@ -238,9 +238,10 @@ def _total_forward(
 def _total_backward(cap: float, z_weight: float, saved: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
     of_hidden, of_table, targets, of_weights = saved
     gradient, _ = gradients
-    scale = gradient.astype(of_hidden.dtype), gradient.astype(of_table.dtype)
+    # In float32: the scale is one over the weight of all tokens, and bfloat16 would bend every gradient alike.
+    of_hidden, of_table = ((gradient * x).astype(x.dtype) for x in (of_hidden, of_table))
     no_gradient = np.zeros(targets.shape, jax.dtypes.float0)
-    return scale[0] * of_hidden, scale[1] * of_table, no_gradient, gradient * of_weights
+    return of_hidden, of_table, no_gradient, gradient * of_weights
 
 
 _total.defvjp(_total_forward, _total_backward)

@@ -1,10 +1,9 @@
 """The experts of a MoE layer in one pass over blocks of tokens: what lies between the two matmuls stays in the cache.
 
 A block is some tokens of one expert. They are read where they stand and their results are added where they belong, so
-neither sorted tokens nor sorted results are ever made.
+neither sorted tokens nor sorted results are ever made. What fills an expert's last block is its last token again, with
+weight zero: no block reads another expert's token.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +40,8 @@ def _experts(
 
 def _by_expert(weights: jax.Array, order: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(token of each sorted choice, its weight, end of each expert's choices [E]); the last block has room."""
-    num_tokens, num_choices = weights.shape
-    token = jnp.pad(order // num_choices, (0, BLOCKS[-1]), constant_values=num_tokens)
-    return token, jnp.pad(weights.reshape(-1)[order], (0, BLOCKS[-1])), jnp.cumsum(sizes)
+    choice = jnp.pad(order, (0, BLOCKS[-1]))
+    return choice // weights.shape[1], weights.reshape(-1)[choice], jnp.cumsum(sizes)
 
 
 def _forward(
@@ -58,10 +56,9 @@ def _forward(
 
         def visit(at: jax.Array, block: int, carry: tuple) -> tuple:
             out, wide = carry
-            own = _own_tokens(token, at, end, block, len(x))
+            own, share, _ = _block(token, weight, at, end, block)
             product = multiply(_take(x_float32, own), gate_up, (1, 0))
-            hidden = activate(product) * jax.lax.dynamic_slice_in_dim(weight, at, block)[:, None]
-            out = out.at[own].add(multiply(hidden, down, (1, 0)), mode="drop")
+            out = _add(out, own, multiply(activate(product) * share, down, (1, 0)))
             # What fills the block is written over by the next expert.
             return out, jax.lax.dynamic_update_slice_in_dim(wide, to_bits(product.astype(x.dtype)), at, 0)
 
@@ -83,18 +80,16 @@ def _backward(saved: tuple, gradient: jax.Array) -> tuple:
 
         def visit(at: jax.Array, block: int, carry: tuple) -> tuple:
             to_x, to_weight, to_gate_up, to_down = carry
-            own = _own_tokens(token, at, end, block, len(x))
-            is_own = (own < len(x))[:, None]
+            own, share, is_own = _block(token, weight, at, end, block)
             product = from_bits(jax.lax.dynamic_slice_in_dim(wide, at, block), x.dtype)
-            product = jnp.where(is_own, product, 0)
-            share = jnp.where(is_own, jax.lax.dynamic_slice_in_dim(weight, at, block)[:, None], 0)
-            hidden, pull = jax.vjp(activate, product.astype(jnp.float32))
+            # Here alone what fills the block is another expert's, and may be no number.
+            hidden, pull = jax.vjp(activate, jnp.where(is_own, product, 0).astype(jnp.float32))
             to_out = _take(gradient, own)
             to_hidden = multiply(to_out, down, (1, 1))
-            (to_product,) = pull(jnp.where(is_own, to_hidden * share, 0))
+            (to_product,) = pull(to_hidden * share)
             to_weight = jax.lax.dynamic_update_slice_in_dim(to_weight, jnp.sum(to_hidden * hidden, axis=1), at, 0)
             return (
-                to_x.at[own].add(multiply(to_product, gate_up, (1, 1)), mode="drop"),
+                _add(to_x, own, multiply(to_product, gate_up, (1, 1))),
                 to_weight,
                 to_gate_up + multiply(_take(x_float32, own), to_product, (0, 0)),
                 to_down + multiply(hidden * share, to_out, (0, 0)),
@@ -118,11 +113,23 @@ def _backward(saved: tuple, gradient: jax.Array) -> tuple:
 _experts.defvjp(_forward, _backward)
 
 
-def _own_tokens(token: jax.Array, at: jax.Array, end: jax.Array, block: int, num_tokens: int) -> jax.Array:
-    """[block] tokens of the block that begins at `at`; `num_tokens`, which is nobody, behind the expert's last."""
-    is_own = at + jnp.arange(block) < end
-    return jnp.where(is_own, jax.lax.dynamic_slice_in_dim(token, at, block), num_tokens)
+def _block(
+    token: jax.Array, weight: jax.Array, at: jax.Array, end: jax.Array, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens [block] of the block that begins at `at`, their weights and which are no filling, both [block, 1].
+
+    Behind a barrier: XLA would compute them again for every number of the rows that they point to.
+    """
+    place = at + jnp.arange(block)
+    is_own = place < end
+    share = jnp.where(is_own, jax.lax.dynamic_slice_in_dim(weight, at, block), 0)
+    own, share, is_own = jax.lax.optimization_barrier((_take(token, jnp.minimum(place, end - 1)), share, is_own))
+    return own, share[:, None], is_own[:, None]
 
 
-_take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
-"""Rows of tokens; zero for nobody."""
+def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return x.at[rows].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _add(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+    return x.at[rows].add(values, mode="promise_in_bounds", wrap_negative_indices=False)

@@ -11,14 +11,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gemma4_jax.errors import InputError
+from gemma4_jax.ops import hopper
 from gemma4_jax.ops.expert_blocks import activate, block_experts
 from gemma4_jax.ops.expert_exchange import EXCHANGES, NOBODY
 from gemma4_jax.ops.grouped import grouped, sort_by_group
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import BATCH_AXES
+
+_TOKENS, _GATE_UP, _DOWN = P(BATCH_AXES, "context"), P("expert", "fsdp", None, "tensor"), P("expert", "tensor", "fsdp")
 
 PIECE = 1.5
 """Choices that a shard works through at once, relative to those it has where all shards have the same."""
@@ -124,11 +128,12 @@ _in_pieces.defvjp(_pieces_forward, _pieces_backward)
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "blocks": block_experts,
     "megablox": functools.partial(grouped_experts, implementation="megablox"),
+    "mosaic_gpu": functools.partial(grouped_experts, implementation="mosaic_gpu"),
     "ragged": functools.partial(grouped_experts, implementation="ragged"),
     "dense": dense_experts,
 }
-"""Name -> what computes the experts of one device: loops over blocks of tokens; JAX's kernels for TPU;
-`jax.lax.ragged_dot`; everything on everything."""
+"""Name -> what computes the experts of one device: loops over blocks of tokens; JAX's kernels for TPU; tokamax's
+for Hopper GPUs; `jax.lax.ragged_dot`; everything on everything."""
 
 
 class ExpertPlan(NamedTuple):
@@ -151,8 +156,12 @@ def choose(policy: KernelPolicy) -> ExpertPlan:
     """
     of_tpu = policy.platform == "tpu"
     implementation, exchange = policy.experts, policy.expert_exchange
-    possible = [name for name in IMPLEMENTATIONS if name != "megablox" or of_tpu]
-    _require_possible("train.experts", implementation, possible, policy.platform)
+    against = {
+        "megablox": None if of_tpu else "it is written for TPUs",
+        "mosaic_gpu": hopper.reason_against(policy.platform),
+    }
+    possible = [name for name in IMPLEMENTATIONS if against.get(name) is None]
+    _require_possible("train.experts", implementation, possible, policy.platform, against.get(implementation))
     possible_exchanges = [name for name in EXCHANGES if name != "ragged" or policy.platform != "cpu"]
     _require_possible("train.expert_exchange", exchange, possible_exchanges, policy.platform)
     if implementation == "auto":
@@ -160,10 +169,20 @@ def choose(policy: KernelPolicy) -> ExpertPlan:
     return ExpertPlan(implementation, "gather" if exchange == "auto" else exchange)
 
 
-def _require_possible(name: str, given: str, possible: list[str], platform: str) -> None:
+def _require_possible(name: str, given: str, possible: list[str], platform: str, reason: str | None = None) -> None:
     *others, last = "auto", *possible
     if given not in (*others, last):
-        raise InputError(f"{name}={given!r} is not possible on {platform}: it must be {', '.join(others)} or {last}.")
+        why = f" ({reason})" if reason else ""
+        must_be = f"it must be {', '.join(others)} or {last}"
+        raise InputError(f"{name}={given!r} is not possible on {platform}{why}: {must_be}.")
+
+
+def _gather_whole(matrix: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
+    """This shard's experts, of which the devices of `fsdp` have each a part along an axis, in `dtype`."""
+    # Parts are gathered as matrices with an axis of their own in front: of a gather along any other, the compiler for
+    # TPU makes an all-reduce of the gradient, twice the bytes of the reduce-scatter that it is.
+    parts = jax.lax.all_gather(matrix.astype(dtype).reshape(-1, matrix.shape[-1]), "fsdp").reshape(-1, *matrix.shape)
+    return jnp.moveaxis(parts, 0, axis).reshape(*matrix.shape[:axis], -1, *matrix.shape[axis + 1 :])
 
 
 def apply_experts(
@@ -183,11 +202,16 @@ def apply_experts(
     experts it holds, and the partial sums travel back to the tokens' own devices (and are summed over `tensor`, which
     splits each expert's hidden width). Rows and positions that the mesh does not divide are filled up with padding.
 
+    The matrices lie as `sharding` spreads parameters, and a layer's are made whole over `fsdp` when it is their turn,
+    in x's dtype. Their gradient takes the same way back: what each device has of it is rounded to x's dtype and added
+    up in that over `fsdp`, as the gradients of all other weights are, and then in the dtype of the matrices over `data`
+    and `context`. What comes back of other devices is named "exchanged" for remat.
+
     Args:
       x: [B, T, D] tokens.
       choices: [B, T, C] int32 expert indices.
       weights: [B, T, C] float32.
-      gate_up: [E, D, 2, F] stacked gate and up projections, gate first.
+      gate_up: [E, D, 2, F] stacked gate and up projections, gate first. In a mesh, its axes divide E, D and F.
       down: [E, F, D].
       implementation: a key of IMPLEMENTATIONS, from `choose`.
       exchange: a key of EXCHANGES, from `choose`.
@@ -204,7 +228,8 @@ def apply_experts(
         return tuple(value.reshape(-1, value.shape[-1]) for value in tokens)
 
     def on_shard(tokens: tuple[jax.Array, ...], gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        apply = functools.partial(local, gate_up=gate_up, down=down)
+        matrices = {"gate_up": _gather_whole(gate_up, 1, x.dtype), "down": _gather_whole(down, 2, x.dtype)}
+        apply = functools.partial(local, **matrices)
         out = EXCHANGES[exchange](*flat(*tokens), num_experts=len(gate_up), apply=apply)
         return jax.lax.psum(out.reshape(tokens[0].shape), "tensor")
 
@@ -218,11 +243,12 @@ def apply_experts(
         return jnp.pad(value, ((0, fill[0]), (0, fill[1]), (0, 0)), constant_values=nothing)
 
     tokens = fill_up(x, 0), fill_up(choices, NOBODY), fill_up(weights, 0)
-    rows = P(BATCH_AXES, "context")
     out = jax.shard_map(
         on_shard,
-        in_specs=(rows, P("expert", None, None, "tensor"), P("expert", "tensor")),
-        out_specs=rows,
+        in_specs=(_TOKENS, _GATE_UP, _DOWN),
+        out_specs=_TOKENS,
         check_vma=False,  # the loops of an implementation begin with constants
     )(tokens, gate_up, down)
+    if mesh.shape["expert"] > 1:
+        out = checkpoint_name(out, "exchanged")
     return out[:num_rows, :length]

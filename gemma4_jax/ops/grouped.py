@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCKS = (256, 128, 64, 32)
-"""Rows of a block: a group takes as many of the largest as it fills, then at most one of each that is smaller, so that
-fewer than the least number of rows only fill its last block."""
+from gemma4_jax.ops.grouped_mosaic_gpu import mosaic_gpu_multiply, mosaic_gpu_outer
+
+BLOCKS = (256, 64, 32)
+"""Rows of a block: a group takes as many of the largest as it fills, then of each that is smaller, so that fewer than
+the least number of rows only fill its last block. One of the least that is all the rest joins one of the largest: a
+block of few rows costs more than its rows, and an even load is about a power of two, often a little more."""
 
 TILE_ROWS = 128
 """Rows of a tile on TPU, those of its matrix unit. A tile that two groups share is computed for both."""
@@ -53,7 +56,14 @@ def grouped(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, imple
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, implementation: str) -> jax.Array:
-    return IMPLEMENTATIONS[implementation].multiply(rows, weight, group_sizes, False)
+    return _multiply(rows, weight, group_sizes, implementation, transposed=False)
+
+
+def _multiply(
+    rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, implementation: str, *, transposed: bool
+) -> jax.Array:
+    out = IMPLEMENTATIONS[implementation].multiply(rows, weight, group_sizes, transposed)
+    return jnp.where(_is_in_group(len(rows), group_sizes), out, 0)
 
 
 def _forward(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, implementation: str) -> tuple:
@@ -62,9 +72,8 @@ def _forward(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, impleme
 
 def _backward(implementation: str, saved: tuple, gradient: jax.Array) -> tuple:
     rows, weight, group_sizes = saved
-    backend = IMPLEMENTATIONS[implementation]
-    to_rows = backend.multiply(gradient, weight, group_sizes, True)
-    to_weight = backend.outer(rows, gradient, group_sizes).astype(weight.dtype)
+    to_rows = _multiply(gradient, weight, group_sizes, implementation, transposed=True)
+    to_weight = IMPLEMENTATIONS[implementation].outer(rows, gradient, group_sizes).astype(weight.dtype)
     return to_rows, to_weight, np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
@@ -77,8 +86,11 @@ def visit_blocks(start: jax.Array, stop: jax.Array, visit: Callable[..., Any], c
     The last block ends less than BLOCKS[-1] rows behind `stop`. `num_rows` is the most that there can be.
     """
     at, left = start, stop - start + BLOCKS[-1] - 1
-    for block in (block for block in BLOCKS if block < max(num_rows, 1) + BLOCKS[-1]):
+    joined = BLOCKS[0] + BLOCKS[-1]
+    for block in (block for block in (joined, *BLOCKS) if block < max(num_rows, 1) + BLOCKS[-1]):
         count = left // block
+        if block == joined:
+            count = jnp.where(left % BLOCKS[0] // BLOCKS[-1] == 1, jnp.minimum(count, 1), 0)
         step = functools.partial(_step, at, block, visit)
         carry = jax.lax.fori_loop(0, count, step, carry)
         at, left = at + count * block, left - count * block
@@ -129,8 +141,7 @@ def _blocks_multiply(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array,
 
     nothing = to_bits(jnp.zeros((len(rows), width), rows.dtype))
     out, _ = jax.lax.scan(visit_group, nothing, (to_bits(weight), group_sizes, ends))
-    out = from_bits(out[:num_rows], rows.dtype)
-    return jnp.where(_is_in_group(num_rows, group_sizes), out, 0)
+    return from_bits(out[:num_rows], rows.dtype)
 
 
 def _blocks_outer(rows: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -154,7 +165,7 @@ def _blocks_outer(rows: jax.Array, gradient: jax.Array, group_sizes: jax.Array) 
 def _ragged_multiply(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, transposed: bool) -> jax.Array:
     is_row = _is_in_group(len(rows), group_sizes)
     weight = jnp.swapaxes(weight, 1, 2) if transposed else weight
-    return jnp.where(is_row, jax.lax.ragged_dot(jnp.where(is_row, rows, 0), weight, group_sizes), 0)
+    return jax.lax.ragged_dot(jnp.where(is_row, rows, 0), weight, group_sizes)
 
 
 def _ragged_outer(rows: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -169,8 +180,7 @@ def _megablox_multiply(rows: jax.Array, weight: jax.Array, group_sizes: jax.Arra
 
     inner, width = weight.shape[1:][:: -1 if transposed else 1]
     tiling = (TILE_ROWS, *matrix_tile(inner, width, weight.dtype.itemsize))
-    out = gmm(_whole_tiles(rows), weight, group_sizes, rows.dtype, tiling, transpose_rhs=transposed)
-    return jnp.where(_is_in_group(len(rows), group_sizes), out[: len(rows)], 0)
+    return gmm(_whole_tiles(rows), weight, group_sizes, rows.dtype, tiling, transpose_rhs=transposed)[: len(rows)]
 
 
 def _megablox_outer(rows: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -211,7 +221,8 @@ class Implementation(NamedTuple):
     """A way to compute the products.
 
     Attributes:
-      multiply: (rows [R, K], weight [E, K, N], sizes [E], transposed) -> [R, N]; transposed: of [R, N] to [R, K].
+      multiply: (rows [R, K], weight [E, K, N], sizes [E], transposed) -> [R, N]; transposed: of [R, N] to [R, K]. What
+        it gives behind the last group may be anything.
       outer: (rows [R, K], gradient [R, N], sizes [E]) -> [E, K, N], a group's rows times the gradients of its products.
     """
 
@@ -223,5 +234,7 @@ IMPLEMENTATIONS = {
     "blocks": Implementation(_blocks_multiply, _blocks_outer),
     "ragged": Implementation(_ragged_multiply, _ragged_outer),
     "megablox": Implementation(_megablox_multiply, _megablox_outer),
+    "mosaic_gpu": Implementation(mosaic_gpu_multiply, mosaic_gpu_outer),
 }
-"""Name -> implementation: loops of plain matmuls, for every platform; `jax.lax.ragged_dot`; JAX's kernels for TPU."""
+"""Name -> implementation: loops of plain matmuls, for every platform; `jax.lax.ragged_dot`; JAX's kernels for TPU;
+tokamax's for Hopper GPUs."""

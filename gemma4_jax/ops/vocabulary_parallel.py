@@ -146,9 +146,10 @@ def _of_logits(
 def _backward(cap: float, chunk: int, z_weight: float, saved: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
     of_hidden, of_table, of_weights = saved
     gradient, _ = gradients  # the z-loss alone has none
-    scale = gradient.astype(of_hidden.dtype), gradient.astype(of_table.dtype)
+    # In float32: the scale is one over the weight of all tokens, and bfloat16 would bend every gradient alike.
+    of_hidden, of_table = ((gradient * x).astype(x.dtype) for x in (of_hidden, of_table))
     no_gradient = np.zeros(of_weights.shape, jax.dtypes.float0)
-    return scale[0] * of_hidden, scale[1] * of_table, no_gradient, gradient * of_weights
+    return of_hidden, of_table, no_gradient, gradient * of_weights
 
 
 _total.defvjp(_forward, _backward)

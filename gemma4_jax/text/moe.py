@@ -35,11 +35,9 @@ class Router(nnx.Module):
         self.eps = config.norm_eps
         self.scale = constant_param({"embed": config.embed_dim}, param_dtype)
         self.per_expert_scale = constant_param({"expert": config.num_experts}, param_dtype)
+        # What it is multiplied with has a norm of about one, not entries of about one.
         self.kernel = normal_param(
-            rngs,
-            {"embed": config.embed_dim, "expert_score": config.num_experts},
-            param_dtype,
-            stddev=config.embed_dim**-0.5,
+            rngs, {"embed": config.embed_dim, "expert_score": config.num_experts}, param_dtype, stddev=1.0
         )
 
     @jax.named_scope("router")

@@ -22,6 +22,7 @@ from gemma4_jax.ops.attention.spans import Spans, member_spans
 from gemma4_jax.ops.matmul import value
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.rope import rotary_angles, rotary_frequencies, rotate_2d
+from gemma4_jax.sharding import constrain
 from gemma4_jax.stack import run_stack, stack_modules
 
 # Where a tower that is trained from nothing starts: patches first, where they are second, what the layers make of
@@ -147,7 +148,7 @@ class VisionTower(nnx.Module):
           image_ids: [B, P] int32, the image that each patch belongs to; 0 is padding.
           policy: how attention is computed.
         Returns:
-          [B, M, Dv] soft tokens, M = P / pooling_size**2; zero where there is padding.
+          [B, M, Dv] soft tokens, M = P / pooling_size**2; of padding they mean nothing.
         """
         is_patch = positions[..., 0] >= 0
         x = self._embed(patches, positions, is_patch)
@@ -167,7 +168,8 @@ class VisionTower(nnx.Module):
     def _embed(self, patches: jax.Array, positions: jax.Array, is_patch: jax.Array) -> jax.Array:
         # 2 (p / 255 - 0.5), but for whole numbers until the last step: nothing cancels, whatever the compiler does.
         pixels = (2 * patches.astype(jnp.float32) - 255) / 255
-        table = value(weight(self, "position_table")).astype(self.dtype)
+        # Whole on every device: the partitioner would rather move the patches of all to the channels of each.
+        table = constrain(value(weight(self, "position_table")).astype(self.dtype), None, None, None)
         places = jnp.maximum(positions, 0)
         position = table[0][places[..., 0]] + table[1][places[..., 1]]
         return self.patch_embed(pixels.astype(self.dtype)) + jnp.where(is_patch[..., None], position, 0)

@@ -42,7 +42,7 @@ def test_parameters_and_batch_fit_the_stated_devices(name):
     known = sizes["fsdp"] * sizes["expert"] * sizes["context"] * sizes["tensor"]
     sizes["data"] = DEVICES.get(name, 1) // known
     assert sizes["data"] * known == DEVICES.get(name, 1)
-    check_mesh(typed(config).resolved(), sizes)
+    check_mesh(typed(config).resolved(sizes["context"]), sizes)
 
     mesh = AbstractMesh(tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES))
     architecture = typed(config).model

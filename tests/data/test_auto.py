@@ -58,6 +58,26 @@ def test_another_record_is_refused(record, message):
         auto(**record)
 
 
+def test_the_shapes_are_told_in_short():
+    with pytest.raises(InputError) as error:
+        auto(mesages=[])
+    assert "segments; messages; conversations; texts; text; instruction and output; prompt and completion; " in str(
+        error.value
+    )
+    assert "image and text or caption; audio and text or transcript or transcription or sentence; " in str(error.value)
+
+
+def test_a_source_of_no_known_shape_is_refused_as_it_is_opened(tmp_path: Path):
+    """Where its columns are known before a record is read; other names for them are those of the config."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = str(tmp_path / "a.parquet")
+    parquet.write_table(arrow.Table.from_pylist([{"contents": "a", "id": 1}]), path)
+    with pytest.raises(InputError, match=r"data.sources.mine: its columns, contents, id, are of no known shape: "):
+        open_documents(SourceConfig("mine", kind="parquet", path=path))
+    named = SourceConfig("mine", kind="parquet", path=path, columns={"text": "contents"})
+    assert open_documents(named)[0].segments == (Text("a"),)
+
+
 def test_it_is_what_a_source_does_by_default(tmp_path: Path):
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in ({"text": "a"}, {"dialog": TALK["messages"]})))

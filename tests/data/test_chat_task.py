@@ -172,7 +172,7 @@ REFUSED = {
     r"message 0: it must be a dictionary": {"messages": ["a"]},
     r"message 1: it has no content": {"messages": [Q, {"role": "assistant", "content": None}]},
     r"message 0: its content must be a text or a list of parts": said(3),
-    r"message 0: a part is .*'video'": said([{"type": "video"}]),
+    r"message 0: a part is .*'film'": said([{"type": "film"}]),
     r"message 0: a part is .*\['text'\]": said([{"type": ["text"]}]),
     r"message 0: 4097 parts are refused": said([text("a")] * (MAX_PARTS + 1)),
     r"2 places for images, and 1 images are beside": {"image": "a.png", **said("<image> <image>")},

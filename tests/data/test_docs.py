@@ -69,6 +69,7 @@ RECORDS = {
     "web.parquet": [{"texts": ["A cat:", None], "images": [None, {"bytes": png(), "path": None}]}],
     "speech.jsonl": [{"audio": "pictures/a.flac", "text": "all the text"}],
     "speech.parquet": [{"audio": {"bytes": flac(), "path": "a.flac"}, "transcription": "all the text"}],
+    "videos.jsonl": [{"messages": asked({"type": "video", "video": ["pictures/a.png"] * 2, "fps": 1})}],
     "frames.jsonl": [{"frames": ["pictures/a.png"] * 2, "fps": 1, "text": "a cat"}],
     "text.parquet": [{"text": "all the text", "url": "https://example.org", "language": "en"}],
     "content.parquet": [{"content": "all the text"}],
@@ -149,7 +150,7 @@ def test_a_source_of_the_table_is_read_as_it_stands(source, folder, tokenizer, m
     iterator.close()
     assert counters.keys() <= {"read", "documents", "images"}  # nothing is left out
     has_images = any(
-        word in str(source) for word in ("llava", "vision", "ques", "tar", "capt", "web", "segm", "frames")
+        word in str(source) for word in ("llava", "vision", "ques", "tar", "capt", "web", "segm", "frames", "videos")
     )
     assert ("images" in counters) == (has_images and source["path"] != "questions.jsonl")
     learned = tokenizer.decode(batch.targets[0][batch.loss_weights[0] > 0].tolist())

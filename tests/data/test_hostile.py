@@ -171,7 +171,7 @@ BAD_ROWS = {
     r"of no known shape|an image cannot be": {"bytes": None, "path": None},
 }
 BAD_SAMPLES = {
-    r"cannot be read \(Expecting": {"json": b'{"image": '},
+    r"cannot be read \(it is not JSON \(Expecting": {"json": b'{"image": '},
     r"cannot be read \(its JSON is nested": {"json": b"[" * 100_000},
     r"cannot be decoded": {"png": _CUT, "txt": b"a"},
     r"'.*\.txt' cannot be read": {"png": picture(), "txt": b"\xff"},

@@ -137,12 +137,26 @@ FORMS = {
         png_of(DEEP, 2, DEEP[0, 0].astype(">u2").tobytes()), "high byte, opaque", DEEP >> 8
     ),
     "PNG, turned by EXIF": Form(file_of(rgb, "PNG", **turned()), "upright", np.rot90(RGB, -1)),
+    "PNG, animated (APNG)": Form(
+        file_of(rgb, "PNG", save_all=True, append_images=[rgb.rotate(180)]), "first picture", RGB
+    ),
+    "PNG, animated, with a picture that is no part of it": Form(
+        file_of(rgb, "PNG", save_all=True, append_images=[rgb.rotate(180)] * 2, default_image=True),
+        "that picture",
+        RGB,
+    ),
     "WebP": Form(file_of(rgb, "WEBP", lossless=True), "as it is", RGB),
     "WebP with alpha": Form(file_of(glyph, "WEBP", lossless=True), "over white", ON_WHITE),
     "WebP, animated": Form(
         file_of(rgb, "WEBP", lossless=True, save_all=True, append_images=[rgb.rotate(180)]), "first picture", RGB
     ),
     "AVIF": Form(file_of(rgb, "AVIF", quality=100, subsampling="4:4:4"), "as it is", RGB, 3),
+    "AVIF, animated": Form(
+        file_of(rgb, "AVIF", quality=100, subsampling="4:4:4", save_all=True, append_images=[rgb.rotate(180)]),
+        "first picture",
+        RGB,
+        3,
+    ),
     "AVIF with alpha": Form(file_of(glyph, "AVIF", quality=100), "over white", ON_WHITE, 3),
     "AVIF, turned": Form(
         file_of(rgb, "AVIF", quality=100, subsampling="4:4:4", **turned()), "upright", np.rot90(RGB, -1), 3
@@ -169,6 +183,9 @@ FORMS = {
     ),
     "BMP": Form(file_of(rgb, "BMP"), "as it is", RGB),
     "TIFF": Form(file_of(rgb, "TIFF"), "as it is", RGB),
+    "TIFF of several pages": Form(
+        file_of(rgb, "TIFF", save_all=True, append_images=[rgb.resize((90, 20))]), "first page", RGB
+    ),
     "TIFF with alpha": Form(file_of(glyph, "TIFF"), "over white", ON_WHITE),
     "TIFF, gray of 16 bits": Form(
         file_of(PIL.Image.fromarray(DEEP[..., 0]), "TIFF"), "high byte", gray_as_rgb(DEEP[..., 0] >> 8)

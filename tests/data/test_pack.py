@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax.data import packer
-from gemma4_jax.data.example import Example, SizedExample, SizedImage, Unreadable
+from gemma4_jax.data.example import Example, SizedExample, SizedImage, SizedSound, Unreadable
 from gemma4_jax.data.pack import RowShape, Rules, choose, size_of
 from gemma4_jax.data.packer import LOOKAHEAD, Packer
 from gemma4_jax.data.tally import Judge
@@ -103,10 +103,11 @@ def mixture(num_documents, tokens, seed=0):
     return np.array(sizes)
 
 
-def test_a_mixture_fills_tokens_and_patches():
+@pytest.mark.parametrize("seq_len", [4096, 8192])
+def test_a_mixture_fills_tokens_and_patches(seq_len):
     """With room for 1.15 times the patches that the tokens of a row bring, which would be 87% if no token were free."""
-    sizes = mixture(3000, 8192)
-    room = np.array([8192, 64, 9 * int(1.15 / 9 * 8192 * sizes[:, 2].sum() / sizes[:, 0].sum()), 0])
+    sizes = mixture(3000, seq_len)
+    room = np.array([seq_len, 64, 9 * int(1.15 / 9 * seq_len * sizes[:, 2].sum() / sizes[:, 0].sum()), 0])
     rows, waiting = [], list(range(len(sizes)))
     while len(waiting) > LOOKAHEAD:
         chosen = [waiting[i] for i in choose(sizes[waiting[:LOOKAHEAD]], room)]
@@ -122,6 +123,11 @@ def test_a_row_takes_what_leaves_least_of_tokens_and_patches():
     assert choose(sizes, np.array([100, 4, 80, 0])) == [0, 2, 5]
     assert choose(sizes, np.array([100, 1, 80, 0])) == [0, 4]  # no image is left
     assert choose(sizes[1:2], np.array([100, 0, 0, 0])) == [0]
+
+
+def test_one_of_a_full_row_is_exchanged_for_those_that_fill_it_better():
+    sizes = np.array([(20, 0, 0, 0), (50, 0, 0, 0), (40, 0, 0, 0), (40, 0, 0, 0)])
+    assert choose(sizes, np.array([100, 0, 0, 0])) == [0, 2, 3]  # not 0 and 1, behind which nothing fits
 
 
 def test_what_is_held_of_images_that_wait_is_bounded(monkeypatch):
@@ -205,7 +211,7 @@ def test_images_that_do_not_fit_are_dropped_and_counted(unfit):
 
 
 def test_sounds_are_dropped_by_rows_that_have_no_room_for_them(caplog):
-    heard = change(text_example(10, "heard"), sounds=(np.zeros((20, 8), np.float32),))
+    heard = dataclasses.replace(text_example(10, "heard"), sounds=(SizedSound.of(np.zeros(3200), mel_bins=8),))
     assert [row[0].name for row in packing([heard, text_example(50)])] == ["text"]
     assert "heard: 10 tokens, 0 images and 0 patches, with 24 frames of sounds, do not fit" in caplog.text
     ((example,),) = packing([heard], dataclasses.replace(SHAPE, frames=24, mel_bins=8))

@@ -12,7 +12,7 @@ import pytest
 
 from gemma4_jax.data.documents import open_documents
 from gemma4_jax.data.encode import Encoder
-from gemma4_jax.data.iterator import read_counters
+from gemma4_jax.data.iterator import join_states, read_counters
 from gemma4_jax.data.mixture import ROUND, Turns, mix_sources, open_sources
 from gemma4_jax.data.pipeline import held_out_rows, held_out_source, make_train_iterator
 from gemma4_jax.data.sources.digits import DigitsSource
@@ -156,8 +156,61 @@ def test_a_source_drops_out_after_its_epochs_and_the_others_go_on_in_proportion(
     assert names.count("few") == 30
     assert names[-1000:].count("few") == 0
     assert names.count("more") == 3 * names.count("rest")
-    with pytest.raises(InputError, match=r"^data\.sources\.\*\.epochs={'few': 3} is not possible.* 0 for one source"):
-        make_config(sources={"few": few | {"epochs": 3}})
+
+
+def test_the_data_ends_with_the_last_document_of_a_source_that_stops(make_config, tokenizer, model, tmp_path):
+    few = write_jsonl(tmp_path / "few.jsonl", [f"few {i}" for i in range(10)])["mine"]
+    rest = write_jsonl(tmp_path / "rest.jsonl", [f"rest {i}" for i in range(100)])["mine"]
+    sources = {"few": few | {"weight": 0.1, "epochs": 15, "at_end": "stop"}, "rest": rest}
+    data = make_config(sources=sources).data
+    mixed = mix_sources(data, open_sources(data), Encoder(tokenizer, model.vision, 70))
+    names = [mixed[i].text.source for i in range(len(mixed))]
+    assert names.count("few") == 150
+    assert names[-1] == "few"
+    assert names.count("rest") == pytest.approx(1500, rel=0.2)
+    # Of two that stop, the first to be at its end ends all.
+    assert len(Turns([3, 1], [30, 1000], 0, [0, 1])) == len(Turns([3, 1], [30, 1000], 0, [0])) < 100
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ({"epochs": 3}, r"^data\.sources\.\*\.epochs={'few': 3} is not possible.* 0 for one .*, or at_end='stop'"),
+        (
+            {"at_end": "stop"},
+            r"^data\.sources\.few\.epochs=0 is not possible: it must be at least 1 with at_end='stop'",
+        ),
+        ({"epochs": 3, "at_end": "repeat"}, r"^data\.sources\.few\.at_end='repeat' .* one of drop, stop"),
+    ],
+)
+def test_data_that_cannot_end_so(source, match, make_config):
+    with pytest.raises(InputError, match=match):
+        make_config(sources={"few": {"path": "few.jsonl"} | source})
+
+
+def test_what_is_read_when_the_data_ends_is_trained_on_whoever_reads_it(
+    make_iterator, make_config, tokenizer, tmp_path
+):
+    """The last batches have empty rows; then all are empty. So it is with every process, worker and restart."""
+    texts = [f"document {i}" + " and more" * (i % 8) for i in range(100)]
+    source = write_jsonl(tmp_path / "mine.jsonl", texts)["mine"] | {"epochs": 2, "at_end": "stop"}
+    config = make_config(sources={"mine": source}, seq_len=80)
+    batches = list(itertools.islice(make_iterator(config), 60))
+    num_full = sum(bool(batch.segment_ids.any()) for batch in batches)
+    assert [bool(batch.segment_ids.any()) for batch in batches] == [True] * num_full + [False] * (60 - num_full)
+    assert not all(batch.segment_ids.any(axis=1).all() for batch in batches[:num_full])
+    read = first_texts(iter(batches), tokenizer, 60)
+    assert sorted(read) == sorted(2 * texts)
+
+    workers = make_config(sources={"mine": source}, seq_len=80, num_workers=2)
+    halves = [make_iterator(workers, process_index=i, process_count=2) for i in range(2)]
+    for batch in batches[: num_full // 2]:
+        parts = [next(half) for half in halves]
+        np.testing.assert_array_equal(np.concatenate([part.tokens for part in parts]), batch.tokens)
+    resumed = make_iterator(config)
+    resumed.set_state(join_states([half.get_state() for half in halves]))
+    for batch in batches[num_full // 2 : num_full + 2]:
+        assert_equal(next(resumed), batch)
 
 
 def test_training_never_sees_what_is_held_out(make_config, tokenizer, model):

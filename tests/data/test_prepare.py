@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from gemma4_jax.config import AudioConfig
 from gemma4_jax.data import prepare as module
 from gemma4_jax.data.document import Document
 from gemma4_jax.data.encode import Encoder
-from gemma4_jax.data.example import Example, SizedExample, SizedImage
+from gemma4_jax.data.example import Example, SizedExample, SizedImage, SizedSound
 from gemma4_jax.data.iterator import read_counters
 from gemma4_jax.data.packer import WAITING_BYTES
 from gemma4_jax.data.pipeline import held_out_rows, held_out_source, make_encoder, make_train_iterator
@@ -29,8 +30,11 @@ from gemma4_jax.data.prepare import prepare
 from gemma4_jax.data.prepared import MANIFEST, array_record, encoding_of, from_record, to_record
 from gemma4_jax.errors import InputError
 from gemma4_jax.launch import cli
+from gemma4_jax.launch.prepare import Step
 
 NUM_DOCUMENTS, NUM_SHARDS, NUM_BATCHES = 300, 5, 40
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def picture(width, height, rng, file_format="JPEG"):
@@ -106,6 +110,24 @@ cli.main(["prepare", *sys.argv[1:]])
 """A `gemma4 prepare` that is killed within a shard."""
 
 
+SCRIPT = re.search(r"```python\n(from datatrove.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)[1]
+"""How docs/data.md runs `gemma4 prepare` on datatrove."""
+
+MY_CONFIG = """
+import os, pathlib, signal
+from gemma4_jax.configs import quickstart
+
+def get_config():
+    if pathlib.Path("kill").exists() and list(pathlib.Path("prepared").rglob("done-*")):
+        os.killpg(0, signal.SIGKILL)
+    config = quickstart.get_config()
+    config.data.seq_len = 352
+    config.data.sources = {"mine": {"path": %r, "held_out": 0.2}}
+    return config
+"""
+"""A config that kills every process of its job as a task begins after the first shard is done."""
+
+
 def bytes_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -167,8 +189,7 @@ def test_the_manifest_says_what_it_was_made_of_and_what_is_left_out(prepared):
     assert any("none.jpg" in reason for reason in manifest["left_out"])
     assert any("cut.jpg" in reason for reason in manifest["left_out"])
     for side in ("train", "held_out"):
-        sizes = [np.load(path, allow_pickle=False) for path in sorted((prepared / "mine" / side).glob("sizes-*"))]
-        assert len(np.concatenate(sizes)) == manifest["documents"][side]
+        assert sum(s["documents"] for s in manifest["shards"] if s["side"] == side) == manifest["documents"][side]
 
 
 class TestRestart:
@@ -205,10 +226,40 @@ class TestRestart:
 
     def test_a_shard_that_is_damaged_is_made_anew(self, prepared, from_source, tmp_path):
         out = shutil.copytree(prepared, tmp_path / "out")
-        damaged = out / "mine" / "train" / "patches-00002-of-00005.bin"
+        damaged = out / "mine" / "train" / "media-00002-of-00005.bin"
         damaged.write_bytes(damaged.read_bytes()[:-1])
         prepare(from_source(), out, report=lambda _: None)
         assert bytes_of(out) == bytes_of(prepared)
+
+
+class TestDatatrove:
+    @pytest.fixture
+    def run_script(self, records, tmp_path):
+        """A function that runs the script of the docs as it stands, in processes of its own: its exit status."""
+        pytest.importorskip("datatrove")
+        (tmp_path / "my_config.py").write_text(MY_CONFIG % str(records))
+        (tmp_path / "script.py").write_text(SCRIPT)
+        return lambda: subprocess.run([sys.executable, "script.py"], cwd=tmp_path, start_new_session=True).returncode
+
+    def test_its_executor_goes_on_after_a_kill_and_makes_the_same_bytes(self, run_script, from_source, tmp_path):
+        (tmp_path / "kill").touch()
+        assert run_script() == -signal.SIGKILL
+        done = set((tmp_path / "prepared").rglob("done-*"))
+        (tmp_path / "kill").unlink()
+        assert run_script() == 0
+        assert done < set((tmp_path / "prepared").rglob("done-*"))
+        assert len(list((tmp_path / "prepared-logs" / "completions").iterdir())) == 8
+        prepare(from_source(), tmp_path / "alone", report=lambda _: None)
+        assert bytes_of(tmp_path / "prepared") == bytes_of(tmp_path / "alone")
+        logs = [path.read_text() for path in (tmp_path / "prepared-logs" / "logs").iterdir()]
+        assert any("prepared prepared/mine" in log for log in logs)
+
+    def test_a_task_that_fails_has_no_mark(self, tmp_path):
+        executor = pytest.importorskip("datatrove.executor").LocalPipelineExecutor
+        steps = [Step(["--config=quickstart", f"--out={tmp_path / 'out'}", "--source=mine"])]
+        with pytest.raises(InputError, match="it must be one of digits, python"):
+            executor(steps, workers=1, logging_dir=str(tmp_path / "logs")).run()
+        assert not (tmp_path / "logs" / "completions").exists()
 
 
 class TestBadInput:
@@ -278,9 +329,9 @@ class TestBadInput:
             (None, "has no manifest.json"),
             ("{", "manifest.json is damaged"),
             ("[]", "manifest.json is damaged"),
-            ('{"format": 2}', "another version of this package"),
-            ('{"format": 1, "encoding": {}}', "manifest.json is damaged"),
-            ('{"format": 1, "encoding": {"tokenizer": [], "soft_tokens_per_image": 70}}', "manifest.json is damaged"),
+            ('{"format": 1}', "another version of this package"),
+            ('{"format": 2, "encoding": {}}', "manifest.json is damaged"),
+            ('{"format": 2, "encoding": {"tokenizer": [], "soft_tokens_per_image": 70}}', "manifest.json is damaged"),
         ],
     )
     def test_a_manifest_that_says_nothing(self, content, match, from_source, tokenizer, tmp_path):
@@ -290,15 +341,15 @@ class TestBadInput:
 
     def test_a_file_that_ends_too_early(self, prepared, from_source, tokenizer, tmp_path):
         folder = self.prepared_again(prepared, tmp_path)
-        path = folder / "train" / "patches-00001-of-00005.bin"
+        path = folder / "train" / "media-00001-of-00005.bin"
         path.write_bytes(path.read_bytes()[:-1])
-        self.refuses(from_source, tokenizer, folder, r"patches-00001-of-00005.bin is damaged, [\d,]+ bytes of")
+        self.refuses(from_source, tokenizer, folder, r"media-00001-of-00005.bin is damaged, [\d,]+ bytes of")
 
     def test_check_finds_bytes_that_have_changed(self, prepared, tmp_path, capsys):
         folder = self.prepared_again(prepared, tmp_path)
         assert cli.main(["check", str(folder)]) == 0
         assert capsys.readouterr().out.startswith(f"intact, {2 * NUM_SHARDS} shards of ")
-        path = folder / "held_out" / "patches-00001-of-00005.bin"
+        path = folder / "held_out" / "media-00001-of-00005.bin"
         content = bytearray(path.read_bytes())
         content[1000] ^= 1
         path.write_bytes(content)
@@ -322,24 +373,34 @@ class TestRecords:
 
     def test_a_record_has_all_that_an_example_has(self):
         """A field that is new must go into the record too, and `prepared.FORMAT` up by one."""
-        fields = {kind: {field.name for field in dataclasses.fields(kind)} for kind in (Example, SizedImage)}
-        of_text = {"tokens", "carries_loss", "name", "sounds", "context", "images_missing"}
-        assert fields[Example] == of_text | {"images", "source"}  # which are written apart, and known by the run
+        fields = {
+            kind: {field.name for field in dataclasses.fields(kind)} for kind in (Example, SizedImage, SizedSound)
+        }
+        of_text = {"tokens", "carries_loss", "name", "context", "images_missing"}
+        assert fields[Example] == of_text | {"images", "sounds", "source"}  # written apart, and known by the run
         of_image = {"height", "width", "max_soft_tokens", "name", "may_be_missing"}
         assert fields[SizedImage] == of_image | {"content", "patch_size", "pooling_size"}
+        # `seconds` say what `num_bytes` is, which is written.
+        assert fields[SizedSound] == {"num_frames", "name", "content", "mel_bins", "seconds"}
 
-    def test_sounds_come_back(self, encode):
+    def test_sounds_come_back(self, encode, tmp_path):
         roles, rng = encode.tokenizer.tokens, np.random.default_rng(0)
-        sound = rng.standard_normal((40, encode.audio.num_mel_bins)).astype(np.float32)
-        tokens = [roles.bos, roles.begin_audio, *[roles.audio] * 10, roles.end_audio, 5]
+        features = rng.standard_normal((40, encode.audio.num_mel_bins)).astype(np.float32)
+        media = tmp_path / "media"
+        media.write_bytes(b"before" + features.tobytes())
+        tokens = [roles.bos, *2 * [roles.begin_audio, *[roles.audio] * 10, roles.end_audio], 5]
         loss = [False] * (len(tokens) - 1) + [True]
-        text = Example(np.array(tokens, np.int32), np.array(loss), (), "ä", (sound,), "", 3, 2)
-        example = from_record(to_record(SizedExample(text), ()), Path("none"), encoding_of(encode))
-        again = encode(Document((), encoded=example)).text
-        assert (again.name, again.context, again.images_missing) == ("ä", 3, 2)
-        np.testing.assert_array_equal(again.tokens, text.tokens)
-        np.testing.assert_array_equal(again.carries_loss, text.carries_loss)
-        np.testing.assert_array_equal(again.sounds[0], sound)
+        text = Example(np.array(tokens, np.int32), np.array(loss), (), "ä", context=3, images_missing=2)
+        sound = SizedSound(b"a file", 40, encode.audio.num_mel_bins, name="a.wav")
+        record = to_record(SizedExample(text, sounds=(sound, sound)), [(6, ""), (0, "it is none.")])
+        again = encode(Document((), encoded=from_record(record, media, encoding_of(encode))))
+        assert (again.text.name, again.text.context, again.text.images_missing) == ("ä", 3, 2)
+        np.testing.assert_array_equal(again.text.tokens, text.tokens)
+        np.testing.assert_array_equal(again.text.carries_loss, text.carries_loss)
+        assert again.num_bytes == 2 * len(b"a file")
+        np.testing.assert_array_equal(again.sounds[0].read(), features)
+        with pytest.raises(InputError, match=r"^ä: a\.wav: it is none\.$"):
+            again.read()
 
     def test_whatever_stands_in_a_record_is_an_example_or_a_sentence(self, encode, prepared, make_config, tokenizer):
         """Of records of every kind, whole, cut, and with a few bytes changed."""

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import PIL.Image
@@ -10,7 +11,7 @@ import pytest
 from gemma4_jax.data.assemble import assemble
 from gemma4_jax.data.document import Document, Image, Text
 from gemma4_jax.data.encode import Encoder
-from gemma4_jax.data.images import resize_image
+from gemma4_jax.data.images import image_element, resize_image
 from gemma4_jax.data.pack import RowShape
 from gemma4_jax.data.preview import preview, preview_html
 from gemma4_jax.errors import InputError
@@ -59,6 +60,62 @@ def test_text_cannot_write_into_the_page(batch, tokenizer, model):
     page = preview_html([batch], tokenizer, model, max_rows=2)
     assert "<script" not in page
     assert "http" not in page  # nothing is fetched from anywhere
+
+
+def test_hostile_text_of_a_record_is_plain_text(make_config, tmp_path):
+    """Names of sources and files, columns, texts, and the reasons that repeat them."""
+    evil = "<script>alert('x')</script><img src=x onerror=alert(1)>\"' </span></div><style>"
+    lines = [
+        {"messages": [{"role": "user", "content": evil}, {"role": "assistant", "content": evil}]},
+        {"image": f"{evil}.png", "text": "a"},
+        {evil: 1},
+        {"tex<b>": evil},
+    ]
+    (tmp_path / "<b>.jsonl").write_text("\n".join(map(json.dumps, lines)) + f"\n{{{evil}")
+    source = {"<i>'\"": {"path": f"{tmp_path}/<b>.jsonl"}}
+    preview(make_config(sources=source, batch_size=1, max_left_out=0.99), tmp_path / "page.html")
+    page = Page()
+    page.feed((tmp_path / "page.html").read_text("utf-8"))
+    page.close()
+    assert not page.tags & {"script", "i-", "form", "iframe", "object", "a"}
+    assert page.handlers == []
+    assert page.depth == 0  # everything that is opened is closed
+    assert all(source.startswith("data:image/") for source in page.sources)
+
+
+class Page(HTMLParser):
+    """What a browser would find in a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.handlers, self.sources, self.depth = set(), [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        self.depth += tag not in ("img", "meta")
+
+    def handle_endtag(self, tag):
+        self.depth -= 1
+
+
+def test_a_large_image_is_shown_small(tokenizer):
+    pixels = np.random.default_rng(0).integers(0, 256, (1200, 900, 3), dtype=np.uint8)
+    element = image_element(pixels, "a<b")
+    assert 'width="336" height="448"' in element
+    assert len(element) < 200_000
+    assert "pixelated" not in element
+    assert 'alt="a&lt;b"' in element
+    thin = image_element(np.zeros((400, 4, 3), np.uint8), "")
+    assert 'height="400"' in thin
+
+
+def test_of_a_long_row_the_beginning_is_shown(batch, tokenizer, model, monkeypatch):
+    monkeypatch.setattr("gemma4_jax.data.preview.MAX_ROW_TOKENS", 100)
+    page = preview_html([batch], tokenizer, model, max_rows=1)
+    assert re.search(r"and \d+ more tokens", page)
+    assert "plain" not in page
 
 
 def test_rows_stop_at_the_most_that_are_shown(batch, tokenizer, model):

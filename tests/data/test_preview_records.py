@@ -6,6 +6,7 @@ import io
 import json
 import re
 import wave
+from xml.etree import ElementTree
 
 import numpy as np
 import PIL.Image
@@ -13,7 +14,7 @@ import pytest
 
 from gemma4_jax.config import AudioConfig
 from gemma4_jax.data import preview_records, sample
-from gemma4_jax.data.document import Sound
+from gemma4_jax.data.example import SizedSound
 from gemma4_jax.data.pack import RowShape
 from gemma4_jax.data.preview import preview
 from gemma4_jax.data.sample import mixed_sizes, pack_sizes, suggest_patches, take_sample
@@ -58,27 +59,36 @@ def test_a_chat_is_shown_with_its_images_and_what_is_learned(page_of, tmp_path):
     assert learned(record) == "A cat.&lt;turn|&gt;"
 
 
-def test_a_sound_is_shown_with_a_player_and_its_spectrogram(page_of):
+def spoken(num_samples):
+    """A part of a message."""
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setparams((1, 2, 16000, 0, "NONE", ""))
-        writer.writeframes((np.sin(np.arange(8000) / 5) * 9999).astype("<i2").tobytes())
+        writer.writeframes((np.sin(np.arange(num_samples) / 5) * 9999).astype("<i2").tobytes())
     sound = {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}
-    asked = [{"type": "text", "text": "Listen: "}, {"type": "input_audio", "input_audio": sound}]
-    page = page_of(chat(asked, "A tone."), chat("Hi", "Hello"), audio=AudioConfig())
+    return {"type": "input_audio", "input_audio": sound}
+
+
+def test_a_sound_is_shown_with_a_player_and_its_spectrogram(page_of):
+    asked = [{"type": "text", "text": "Listen: "}, spoken(8000)]
+    page = page_of(chat(asked, "A tone."), chat("Hi", "Hello"), audio=AudioConfig(), frames_per_row=400)
     (source,) = re.findall(r"<audio controls src='data:audio/wav;base64,([^']*)'>", page)
     with wave.open(io.BytesIO(base64.b64decode(source))) as heard:
         assert heard.getparams()[:4] == (1, 2, 16000, 8000)
-    (picture,) = re.findall(r"<img class='spectrogram' src='data:image/png;base64,([^']*)'", page)
-    assert PIL.Image.open(io.BytesIO(base64.b64decode(picture))).height == AudioConfig().num_mel_bins
+    pictures = re.findall(r'<image href="data:image/jpeg;base64,([^"]*)"', page)
+    assert len(pictures) >= 2  # of the record, and of the row that it is packed in
+    assert PIL.Image.open(io.BytesIO(base64.b64decode(pictures[0]))).height == AudioConfig().num_mel_bins
+    assert {"0 s", "0 kHz", "8 kHz"} <= set(re.findall(r"<text[^>]*>([^<]*)<", page))
     assert learned(record_of(page)) == "A tone.&lt;turn|&gt;"
+    assert page.count("&lt;|audio|&gt;") == 0  # placeholders
+    assert re.search(r"<small>\d+ documents · 0 images · \d+ sounds", page)
 
 
 def test_both_sides_of_a_pair_are_shown(page_of):
     page = page_of({"prompt": "a b", "chosen": " good", "rejected": " bad"})
     assert [learned(part) for part in page.split("<h3>")[1:]] == [" good&lt;eos&gt;", " bad&lt;eos&gt;"]
     assert "line 1, chosen" in page
-    assert "1 record of &#x27;mine&#x27; are pairs, which no objective reads yet" in page
+    assert "&#x27;mine&#x27; has 1 pair of answers, which no objective reads yet" in page
 
 
 def test_records_left_out_are_shown_with_the_reason(page_of):
@@ -133,7 +143,51 @@ def test_a_sample_is_mixed_in_the_proportions_of_its_sources(make_config, tokeni
     assert sum(size[0] == 1 for size in drawn) == 700
 
 
-def test_a_sound_too_short_for_a_frame_is_said_to_be():
-    figure = preview_records._sound_figure(Sound(np.zeros(80)), np.zeros((0, 128), np.float32))
-    assert "too short for a frame" in figure
-    assert "<audio" in figure
+def test_a_sound_too_short_for_a_frame_is_said_to_be(page_of):
+    page = page_of(chat([spoken(80), spoken(8000)], "A tone."), audio=AudioConfig(), frames_per_row=400)
+    short, long = re.findall(r"<figure.*?</figure>", record_of(page))
+    assert "too short for a frame" in short
+    assert "<audio" in short
+    assert "spectrogram" in long
+
+
+def test_a_sound_that_cannot_be_decoded_is_shown_with_the_reason():
+    sound = SizedSound(b"RIFF", num_frames=9, mel_bins=128, name="x.wav")
+    assert "x.wav: A sound file cannot be decoded" in preview_records._sound(sound, has_player=True)
+
+
+def test_of_a_long_recording_a_minute_has_players(page_of, tmp_path):
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setparams((1, 2, 16000, 0, "NONE", ""))
+        writer.writeframes(bytes(2 * 16000 * 70))
+    (tmp_path / "long.wav").write_bytes(file.getvalue())
+    page = record_of(
+        page_of({"audio": "long.wav", "text": "a"}, audio=AudioConfig(), seq_len=2048, frames_per_row=8000)
+    )
+    assert page.count("<figure class='sound'>") == 3  # of 24 s at most
+    assert page.count("<audio controls") == 2
+
+
+def test_images_that_are_missing_are_counted(page_of, tmp_path):
+    PIL.Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    page = page_of({"texts": ["a", None, None, "b"], "images": [None, "a.png", None, "gone.png"]})
+    assert "learned, 2 images missing</h3>" in page
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", page)
+    assert cells[cells.index("images missing") + len(cells) // 2] == "2"
+
+
+def test_plots_name_their_axes_and_sources_keep_their_colours(make_config, tokenizer):
+    config = make_config()
+    found = [
+        sample.SourceSample("digits", 9, tokens=[50, 60], soft_tokens=[40]),
+        sample.SourceSample("a & b", 9, tokens=[70], soft_tokens=[9]),
+    ]
+    plots = preview_records._plots(found, config)
+    charts = [ElementTree.fromstring(chart) for chart in re.findall(r"<svg.*?</svg>", plots)]
+    names = [[text.text for text in chart.iter("text") if text.get("class") == "name"] for chart in charts]
+    assert names == [["tokens", "documents"], ["soft tokens", "images"]]
+    labels = [[text.text for text in chart.iter("text") if text.get("class") == "label"] for chart in charts]
+    assert labels == [["digits", "a & b"]] * 2
+    marks = [[text.text for text in chart.iter("text") if text.get("class") == "mark"] for chart in charts]
+    assert marks == [[], ["budget"]]  # a row is too far beyond

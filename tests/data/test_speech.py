@@ -1,8 +1,10 @@
 """Recordings as people have them, from their files to a step that trains the audio tower."""
 
+import contextlib
 import dataclasses
 import io
 import json
+import pickle
 import tarfile
 
 import jax
@@ -10,12 +12,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gemma4_jax.audio.features import num_soft_tokens
+from gemma4_jax.audio.features import SAMPLE_RATE, num_frame_places, num_frames, num_soft_tokens
+from gemma4_jax.batch import FIELDS
 from gemma4_jax.config import AudioConfig
+from gemma4_jax.data.document import Document, Sound, Text
 from gemma4_jax.data.documents import open_documents
 from gemma4_jax.data.encode import Encoder
 from gemma4_jax.data.iterator import read_counters
+from gemma4_jax.data.pack import size_of
 from gemma4_jax.data.pipeline import make_train_iterator
+from gemma4_jax.data.prepare import prepare
+from gemma4_jax.data.sound_pieces import cut_sounds
 from gemma4_jax.sharding import batch_sharding, make_mesh
 from gemma4_jax.train.program import make_program
 from gemma4_jax.train.state import create_state
@@ -52,6 +59,10 @@ def folder(tmp_path_factory):
         "talk": {"messages": TALK},
         "beside": {"messages": [{"role": "user", "content": "<audio>What?"}, TALK[1]], "audios": ["a.flac"]},
         "spelt": {"segments": [{"text": "Hear: ", "loss": False}, {"audio": "a.flac"}, {"text": "go"}]},
+        "decoded": {
+            "audio": {"path": "a.flac", "array": chirp(1.5, 8_000).tolist(), "sampling_rate": 8000},
+            "text": "go",
+        },
     }
     for name, record in records.items():
         (folder / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
@@ -67,7 +78,7 @@ def folder(tmp_path_factory):
 
 
 SOURCES = [
-    *({"path": f"{name}.jsonl"} for name in ("fleurs", "voices", "talk", "beside", "spelt")),
+    *({"path": f"{name}.jsonl"} for name in ("fleurs", "voices", "talk", "beside", "spelt", "decoded")),
     {"path": "libri.parquet", "kind": "parquet", "task": "speech", "options": {"prompt": "Write it down: "}},
     {"path": "shard.tar", "kind": "webdataset"},
 ]
@@ -102,6 +113,80 @@ def test_a_recording_of_a_minute_is_heard_in_pieces(tmp_path, tokenizer, monkeyp
     heard = [t for n in lengths for t in (roles.begin_audio, *[roles.audio] * n, roles.end_audio)]
     assert example.tokens.tolist() == [roles.bos, *heard, *tokenizer.encode("go"), roles.eos]
     assert [num_soft_tokens(len(sound)) for sound in example.sounds] == [525, 525, 475]
+
+
+def test_what_waits_holds_no_features(tokenizer, monkeypatch):
+    """But tokens and the file, once for all of its pieces."""
+    monkeypatch.setattr("gemma4_jax.data.example.log_mel", lambda *_: pytest.fail("decoded before its row came"))
+    content = encoded(np.random.default_rng(0).normal(size=61 * 8000) * 0.1, rate=8000, form="MP3")
+    document = cut_sounds(Document((Sound(content), Text("go")), "one"))
+    example = Encoder(tokenizer, None, 70, AUDIO)(document)
+    assert size_of(example)[3] == sum(num_frame_places(num_frames(n * SAMPLE_RATE)) for n in (21, 21, 19))
+    assert example.text.sounds == ()
+    assert [sound.content is content for sound in example.sounds] == [True] * 3
+    assert example.num_bytes == len(content)
+    of_tokens = example.text.tokens.nbytes + example.text.carries_loss.nbytes
+    assert len(pickle.dumps(example)) < len(content) + of_tokens + 2000
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """Recordings of several lengths of which some end too early, in JSON Lines, and no more than three in a row."""
+    lines = []
+    for i in range(24):
+        whole = encoded(np.random.default_rng(i).normal(size=4000 + 700 * i) * 0.1, form="FLAC")
+        (tmp_path / f"{i}.flac").write_bytes(whole[: len(whole) // (2 if i % 5 == 3 else 1)])
+        lines.append(json.dumps({"audio": f"{i}.flac", "text": f"number {i}"}) + "\n")
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    return config(path=str(tmp_path / "a.jsonl"))
+
+
+def texts(batch, tokenizer):
+    """What is learned of each document of a batch."""
+    return [
+        tokenizer.decode(batch.targets[b][(batch.segment_ids[b] == i) & (batch.loss_weights[b] > 0)].tolist())
+        for b in range(len(batch.tokens))
+        for i in range(1, batch.segment_ids[b].max() + 1)
+    ]
+
+
+def test_a_recording_that_proves_damaged_leaves_its_place_empty(damaged, tokenizer):
+    with contextlib.closing(make_train_iterator(damaged, tokenizer)) as batches:
+        seen = [text for _ in range(30) for text in texts(next(batches), tokenizer)]
+        counters = read_counters(batches)["mine"]
+    assert set(seen) == {f"number {i}<eos>" for i in range(24) if i % 5 != 3}
+    assert counters["documents"] == len(seen)
+    assert counters["unreadable"] > 0
+
+
+def test_going_on_decodes_nothing_that_waits_and_repeats_nothing(damaged, tokenizer, monkeypatch):
+    with contextlib.closing(make_train_iterator(damaged, tokenizer)) as batches:
+        states, rows = [], []
+        for _ in range(12):
+            states.append(json.loads(json.dumps(batches.get_state())))
+            rows.append(next(batches))
+    with contextlib.closing(make_train_iterator(damaged, tokenizer)) as batches:
+        with monkeypatch.context() as patch:
+            patch.setattr("gemma4_jax.data.example.log_mel", lambda *_: pytest.fail("decoded"))
+            batches.set_state(states[5])
+        for i in range(5, 12):
+            assert batches.get_state() == states[i]
+            batch = next(batches)
+            for name in FIELDS:
+                np.testing.assert_array_equal(getattr(batch, name), getattr(rows[i], name), err_msg=name)
+
+
+def test_prepared_recordings_are_read_to_the_bit(damaged, tokenizer, tmp_path):
+    prepare(damaged, tmp_path / "out", report=lambda _: None)
+    again = config(kind="prepared", path=str(tmp_path / "out" / "mine"))
+    found = []
+    for run in (damaged, again):
+        with contextlib.closing(make_train_iterator(run, tokenizer)) as batches:
+            found.append(([next(batches) for _ in range(12)], read_counters(batches)))
+    assert found[0][1] == found[1][1]
+    for batch, other in zip(found[0][0], found[1][0], strict=True):
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(batch, name), getattr(other, name), err_msg=name)
 
 
 def test_a_row_without_room_for_a_recording_says_so(folder, tokenizer, monkeypatch):

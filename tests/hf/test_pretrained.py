@@ -105,6 +105,8 @@ def test_logits_on_a_mesh_are_those_of_one_device(loaded, folder):
     assert spread.embedder.table[...].sharding.mesh == mesh
     with jax.set_mesh(mesh):
         given = np.asarray(spread(batch))
+        with pytest.raises(InputError, match=r"a batch of 1 rows does not spread over 2 devices \(data, fsdp"):
+            spread(processor("Hello there."))
     expected = np.asarray(model(batch))
     assert expected.shape == (2, batch.tokens.shape[1], CONFIG.text.vocab_size)
     assert np.abs(given - expected).max() <= 1e-5 * np.abs(expected).max()  # float32, as in tests/hf/test_golden.py

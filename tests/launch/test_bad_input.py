@@ -41,6 +41,8 @@ MISTAKES = [
     ("--config.data.sources={'mine': 3}", "data.sources.mine=3", "a dictionary"),
     ("--config.data.sources={'mine': {'weight': 'all'}}", "data.sources.mine.weight='all'", "a finite number"),
     ("--config.data.sources={'mine': {'pth': 'a'}}", "data.sources.mine.pth='a'", "nearest is data.sources.mine.path"),
+    ("--config.data.sources={'a': {}, 'b': {}, 'a': {}}", "data.sources names 'a' twice", "a name of its own"),
+    ("--config.data.sources={'a': {'path': 'x', 'path': 'y'}}", "data.sources names 'path' twice", "of its own"),
     ("--config.data.sources.mine=a", "data.sources.mine=a", """--config.data.sources="{'mine': {...}}\""""),
     ("--config.data.sources={'mine': {'weight': 0}}", "data.sources={'mine': 0}", "at least one source"),
     ("--config.data.mixture={'digits': 1}", "data.mixture={'digits': 1}", "no such field"),
@@ -251,6 +253,8 @@ def test_a_row_that_does_not_spread_evenly(capsys, tmp_path):
     mesh = "--config.mesh={'data':1,'fsdp':1,'expert':1,'context':8,'tensor':1}"
     status = train(tmp_path / "run", mesh, "--config.data.seq_len=184")
     assert_one_sentence(capsys.readouterr(), status, "data.seq_len=184", "a multiple of 16, two chunks for each shard")
+    status = train(tmp_path / "run", mesh, "--config.train.loss_chunk=7")
+    assert_one_sentence(capsys.readouterr(), status, "train.loss_chunk=7", "a position or more for each shard")
 
 
 def test_attention_that_no_layer_can_use(capsys, tmp_path):

@@ -106,6 +106,7 @@ def test_what_follows_from_other_fields_follows_them():
     )
     resolved = config.resolved()
     assert resolved.train.loss_chunk == 100  # the largest divisor of 300 that is no larger than 128
+    assert config.resolved(context=3).train.loss_chunk == 75  # 25 positions of the 100 that each of three devices has
     assert resolved.data.patches_per_row == 3 * 70 * 2**2
     assert resolved.evaluators["eval"].batch_size == 24
     assert config.data.patches_per_row == 0

@@ -145,6 +145,31 @@ def test_attention_over_spread_rows_is_that_of_one_device(name, case, mesh):
     assert_close(given, outputs_and_gradients("reference", case), TOLERANCE)
 
 
+@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "tensor"), [(6, 3, 2), (12, 6, 4), (4, 2, 4)])
+def test_queries_of_one_shard_may_be_of_several_heads_of_keys(num_heads, num_kv_heads, tensor, context):
+    """Three heads of two queries on two shards: the first has both of head 0 and one of head 1."""
+    q, direction = random(2, 32, num_heads, 4, seed=0), random(2, 32, num_heads, 4, seed=3)
+    k, v = (random(2, 32, num_kv_heads, 4, seed=seed) for seed in (1, 2))
+    index = jnp.broadcast_to(jnp.arange(32), (2, 32))
+    spans = document_spans(index, index)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        exchange = exchange_for(spans)
+        if exchange is None:
+            out = attend(q, k, v, spans, implementation="reference")
+        else:
+            k, v = (exchange(swap_halves(x)) for x in (k, v))
+            seen = exchange.spans(spans)
+            out = swap_halves(attend(swap_halves(q), k, v, seen, implementation="reference", exchange=exchange))
+        return jnp.sum(out * direction), out
+
+    compute = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    expected = jax.tree.leaves(compute(q, k, v))
+    with jax.set_mesh(make_mesh({"context": context, "tensor": tensor}, jax.devices()[: context * tensor])):
+        assert_close(jax.tree.leaves(jax.jit(compute)(q, k, v)), expected, TOLERANCE)
+
+
 def test_what_is_exchanged_has_the_type_of_activations_and_so_have_gradients():
     index = jnp.arange(64)[None]
     k = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.bfloat16)

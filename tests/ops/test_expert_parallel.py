@@ -1,3 +1,6 @@
+import re
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +11,12 @@ from gemma4_jax.ops import expert_parallel
 from gemma4_jax.ops.expert_parallel import IMPLEMENTATIONS, apply_experts, choose
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import make_mesh
+from gemma4_jax.stack import remat
 from tests.ops import test_grouped
 
-B, T, D, E, C, F = 8, 6, 5, 8, 2, 4
+B, T, D, E, C, F = 8, 6, 8, 8, 2, 4
+
+ON_CPU = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
 
 # float32 sums in another order: the largest measured error is 6e-7 of the largest entry.
 TOLERANCE = 3e-6
@@ -23,6 +29,7 @@ def inputs():
     x, gate_up, down = (
         jax.random.normal(key, shape) for key, shape in zip(keys, ((B, T, D), (E, D, 2, F), (E, F, D)), strict=False)
     )
+    gate_up *= D**-0.5  # as in a model: of gates far from zero, gelu's slope is a difference of nearly equal numbers
     preference = jnp.array([3.0, 0, 0, -9, 2, -9, 0, 0])
     _, choices = jax.lax.top_k(jax.random.gumbel(keys[3], (B, T, E)) + preference, C)
     assert len(set(np.bincount(choices.ravel(), minlength=E))) > 3
@@ -75,7 +82,7 @@ LOADS = ("balanced", "random", "all to one")
 
 
 @pytest.mark.parametrize("kind", LOADS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ON_CPU)
 def test_every_token_reaches_every_expert_that_it_chose(implementation, kind, inputs):
     def experts(*inputs):
         return apply_experts(*inputs, implementation=implementation)
@@ -84,7 +91,7 @@ def test_every_token_reaches_every_expert_that_it_chose(implementation, kind, in
     assert_close(value_and_gradients(experts, inputs), value_and_gradients(naive, inputs))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ON_CPU)
 def test_in_bfloat16_only_what_lies_between_two_products_is_rounded(implementation, inputs):
     def experts(*inputs):
         return apply_experts(*inputs, implementation=implementation)
@@ -111,9 +118,24 @@ def test_what_is_auto_goes_by_the_platform_and_what_does_not_exist_there_is_refu
     ):
         choose(KernelPolicy("tpu", experts="fast"))
     with pytest.raises(
-        InputError, match=r"experts='megablox' is not possible on cpu: .* auto, blocks, ragged or dense"
+        InputError, match=r"experts='megablox' is not possible on cpu \(.* TPUs\): .* auto, blocks, ragged or dense"
     ):
         choose(KernelPolicy("cpu", experts="megablox"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "reason"), [("cpu", "Hopper GPUs"), ("gpu", r"tokamax is not .*\[mosaic_gpu\]\"")]
+)
+def test_kernels_for_hopper_are_taken_where_they_are_named_and_can_be(platform, reason, monkeypatch):
+    policy = KernelPolicy(platform, experts="mosaic_gpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=rf"experts='mosaic_gpu' is not possible on {platform} \(.*{reason}\): it must"
+    ):
+        choose(policy)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert choose(KernelPolicy("gpu", experts="mosaic_gpu")).implementation == "mosaic_gpu"
+    assert choose(KernelPolicy("gpu")).implementation == "blocks"
 
 
 def test_tokens_are_gathered_unless_the_other_exchange_is_named_where_it_exists():
@@ -123,7 +145,7 @@ def test_tokens_are_gathered_unless_the_other_exchange_is_named_where_it_exists(
         choose(KernelPolicy("cpu", expert_exchange="ragged"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ON_CPU)
 def test_the_implementation_that_is_named_is_run(implementation, inputs):
     marks = {"blocks": "while", "megablox": "gmm", "ragged": "ragged_dot", "dense": "gef"}
     program = str(jax.make_jaxpr(lambda *inputs: apply_experts(*inputs, implementation=implementation))(*inputs))
@@ -132,7 +154,7 @@ def test_the_implementation_that_is_named_is_run(implementation, inputs):
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ON_CPU)
 def test_padding_goes_to_no_expert(implementation, inputs):
     x, choices, weights, gate_up, down = inputs
     is_token = jnp.arange(T) < jnp.array([T, 4, 0, 1, T, 2, 3, 5])[:, None]
@@ -204,6 +226,46 @@ def test_nothing_is_dropped_on_a_mesh_that_divides_neither_rows_nor_positions(ki
     with jax.set_mesh(make_mesh({"expert": 4, "context": 2})):
         spread = value_and_gradients(experts, inputs)
     assert_close(spread, alone)
+
+
+def test_float32_matrices_of_bfloat16_tokens_have_float32_gradients_on_a_mesh(inputs):
+    def experts(x, choices, weights, gate_up, down):
+        return apply_experts(x.astype(jnp.bfloat16), choices, weights, gate_up, down, implementation="blocks")
+
+    exact = value_and_gradients(naive, inputs)
+    with jax.set_mesh(make_mesh({"fsdp": 4, "expert": 2})):
+        spread = value_and_gradients(experts, inputs)
+    for ours, plain in zip(spread[1:], exact[1:], strict=True):
+        assert ours.dtype == jnp.float32
+        assert np.linalg.norm(ours - plain) < 0.015 * np.linalg.norm(plain)
+
+
+def collectives(inputs, axis, policy):
+    """How often each collective over a mesh axis stands in the gradients of a layer of experts."""
+    x, choices, weights, gate_up, down = inputs
+
+    def loss(x, *matrices):
+        layer = remat(lambda x: jnp.sin(apply_experts(x, choices, weights, *matrices, implementation="dense")), policy)
+        return jnp.sum(jnp.sin(layer(x)))
+
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "expert": 2})):
+        program = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x, gate_up, down))
+    found = re.findall(r"\b(psum|all_gather|reduce_scatter)\[[^\[\]]*?ax(?:es|is_name)=\(([^)]*)\)", program)
+    return Counter(name for name, axes in found if f"'{axis}'" in axes)
+
+
+def test_gradients_of_matrices_are_scattered_to_the_devices_that_hold_the_parts(inputs):
+    assert collectives(inputs, "fsdp", "none") == {"all_gather": 2, "reduce_scatter": 2}
+    assert collectives(inputs, "data", "none") == {"psum": 2}  # of the parts
+    # The backward pass gathers the matrices again, once.
+    assert collectives(inputs, "fsdp", "full") == {"all_gather": 4, "reduce_scatter": 2}
+
+
+@pytest.mark.parametrize(("policy", "back"), [("full", 1), ("attention", 1), ("dots", 1), ("offload", 2)])
+def test_what_experts_of_other_devices_made_is_kept_and_does_not_travel_again(policy, back, inputs):
+    # Tokens, choices and weights go to the experts, once more for the backward pass, and with the gradient that goes
+    # there another comes back.
+    assert collectives(inputs, "expert", policy) == {"all_gather": 3 + 3 + 1, "reduce_scatter": back + 1}
 
 
 @pytest.fixture

@@ -1,13 +1,18 @@
 import dataclasses
+import errno
 import itertools
 import json
 import types
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from gemma4_jax import processes
+from gemma4_jax.data.documents import open_documents
 from gemma4_jax.errors import InputError
 from gemma4_jax.hf.save import export_state
 from gemma4_jax.sharding import make_mesh
@@ -18,7 +23,7 @@ from gemma4_jax.train.evaluators.answers import Answers
 from gemma4_jax.train.initialize import initial_values
 from gemma4_jax.train.loop import train
 from gemma4_jax.train.program import make_program
-from gemma4_jax.train.state import create_state
+from gemma4_jax.train.state import TrainState, create_state
 from tests.train.tiny import typed
 
 SUMMARY = [
@@ -75,6 +80,49 @@ def test_a_run_leaves_everything_and_a_finished_one_is_left_alone(short_config, 
     short_config.train.num_steps = 6
     assert train(typed(short_config))["steps"] == 6
     assert [r["step"] for r in records_of(run_dir) if "loss" in r] == [2, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_its_data_as_at_its_last_step(short_config, tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i}" + " and more" * (i % 12)}) + "\n" for i in range(300)))
+    with short_config.unlocked():
+        short_config.data.sources = {"mine": {"path": str(path), "epochs": 2, "at_end": "stop", "held_out": 0.2}}
+    short_config.train.num_steps, short_config.train.grad_accum_steps, short_config.data.batch_size = 100, 2, 16
+    short_config.log.every_steps = short_config.checkpoint.every_steps = short_config.evaluators.eval.every_steps = 1000
+    summary = train(typed(short_config))
+    last = summary["steps"]
+    assert 2 < last < 100
+    assert summary["data_ended"] is True
+    assert summary["data"]["mine"]["documents"] == 2 * len(open_documents(typed(short_config).data.sources["mine"]))
+    ends = "the data ends, as at_end='stop' of data.sources.mine says"
+    assert f"step {last} of 100 was the last: {ends}" in capsys.readouterr().out
+    run_dir = Path(short_config.run_dir)
+    records = records_of(run_dir)
+    assert [(r["step"], "eval_loss" in r) for r in records] == [(last, False), (last, True)]
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [str(last)]
+
+    assert train(typed(short_config)) == summary
+    assert "nothing left to do" in capsys.readouterr().out
+    (run_dir / "summary.json").unlink()  # as if it had been killed before it was written
+    again = train(typed(short_config))
+    assert all(again[name] == summary[name] for name in ("steps", "data_ended", "data", "eval_loss"))
+    assert records_of(run_dir) == records
+
+
+@pytest.mark.parametrize("failing", ["read_records", "write_report", "write_summary"])
+def test_other_processes_are_told_that_the_first_cannot_finish(failing, tmp_path, monkeypatch):
+    """They wait for it, and would otherwise do so until it is taken for dead."""
+    told = []
+    monkeypatch.setattr(processes, "wait_for_first", lambda *, is_well=True: told.append(is_well))
+    for name in ("read_records", "write_report", "write_summary", "summarize"):
+        monkeypatch.setattr(loop, name, mock.Mock(return_value={}))
+    monkeypatch.setattr(loop, failing, mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    run = mock.MagicMock(evaluators={}, run_dir=tmp_path, state=TrainState(0, nnx.State({}), nnx.State({}), ()))
+    run.step, run.config.train.num_steps = 1, 1
+    with pytest.raises(OSError, match="No space left"):
+        loop._Run.finish(run, started=0.0)
+    assert told[-1] is False
 
 
 def lose_loss(run, batch):
@@ -163,3 +211,16 @@ def test_an_expert_that_starves_is_named_once_and_not_in_the_warmup(shallow_conf
         "expert 0 of layer 1 starves at step 10: 4.0% of an even share of the tokens",
         "expert 0 of layer 0 starves at step 12: 4.0% of an even share of the tokens",
     ]
+
+
+def test_a_run_that_is_ended_while_it_starts_says_where_it_goes_on(short_config, monkeypatch):
+    """Before it has read the checkpoint: opening the data may take minutes."""
+    (Path(short_config.run_dir) / "checkpoints" / "7").mkdir(parents=True)
+    known, leave = [], loop.Interruption.__exit__
+    monkeypatch.setattr(
+        loop.Interruption, "__exit__", lambda self, *error: known.append(self.saved_step) or leave(self, *error)
+    )
+    monkeypatch.setattr(loop, "make_program", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(typed(short_config))
+    assert known == [7]

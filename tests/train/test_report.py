@@ -146,4 +146,19 @@ def test_charts_of_little_and_of_much():
     ElementTree.fromstring(line_chart("one & only", {"a": [(1, 2.0)]}))
     long = line_chart("long", {"a": [(i, i % 7) for i in range(10_000)]})
     assert len(long) < 10_000
-    ElementTree.fromstring(heat_map("map", [[0, 1, 5], [1, 1, 1]], row_name="expert", column_name="step"))
+    cells = heat_map("map", [[0, 1, 5], [1, 1, 1]], row_name="expert", column_name="step", columns=[10, 20, 30])
+    texts = [text.text for text in ElementTree.fromstring(cells).iter("text")]
+    assert texts == ["map", "0", "1", "10", "20", "30", "step", "expert"]
+
+
+def test_the_legend_of_many_lines_is_beside_nothing():
+    """Each label has its own place, below the title and above the plot."""
+    labels = [f"a source of a long name {i}" for i in range(7)]
+    chart = ElementTree.fromstring(
+        line_chart("A title of some length", {label: [(1, 2.0), (2, 3.0)] for label in labels})
+    )
+    places = [(float(t.get("x")), float(t.get("y"))) for t in chart.iter("text") if t.get("class") == "label"]
+    assert len(set(places)) == 7
+    title = next(float(t.get("y")) for t in chart.iter("text") if t.get("class") == "title")
+    top = min(float(line.get("y1")) for line in chart.iter("line"))
+    assert all(title + 10 < y < top and x < 400 for x, y in places)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma4_jax.errors import InputError
 from gemma4_jax.ops.attention import banded, blockwise, interval, mosaic_gpu, reference
-from gemma4_jax.ops.attention.context import Exchange, own_head
+from gemma4_jax.ops.attention.context import Exchange, own_heads
 from gemma4_jax.ops.attention.spans import Spans
 from gemma4_jax.ops.policy import KernelPolicy
 from gemma4_jax.sharding import BATCH_AXES
@@ -136,7 +136,7 @@ def attend(
 
     def on_shard(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans) -> jax.Array:
         if exchange is None and not has_own_heads:
-            k, v = own_head(k), own_head(v)
+            k, v = own_heads(k), own_heads(v)
         if exchange is None or exchange.halo is None:
             return on_device(q, k, v, spans)
         chunks = jax.tree.map(lambda x: x.reshape(2 * x.shape[0], -1, *x.shape[2:]), (q, k, v, spans))

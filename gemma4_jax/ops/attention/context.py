@@ -13,10 +13,12 @@ would be 5 / 2 N H numbers in each of them (both, queries again where they are r
 1,536 a step, against 10,240 in each of 7 layers. What the balanced order costs is a halo for each of two chunks.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gemma4_jax.ops.attention.spans import Spans
@@ -63,14 +65,14 @@ class Exchange(NamedTuple):
         Args:
           x: [B, T, K, H] keys or values, in the balanced order.
         Returns:
-          [B, S, K, H], spread over `context` by its positions: those that a device has are what it may see. If K is
-          less than the shards of `tensor`, it is [B, S, 1, H], spread over both: each device has the head it needs.
+          [B, S, K, H], spread over `context` by its positions: those that a device has are what it may see. If `tensor`
+          does not divide K, it is [B, S, K', H], spread over both by its positions: a device has its `own_heads`.
         """
         mesh = jax.sharding.get_abstract_mesh()
         has_own_heads = x.shape[2] % mesh.shape["tensor"] == 0
 
         def on_shard(x: jax.Array) -> jax.Array:
-            x = x if has_own_heads else own_head(x)
+            x = x if has_own_heads else own_heads(x)
             return whole_row(x) if self.halo is None else with_halo(x, *self.halo)
 
         before = P(BATCH_AXES, "context", "tensor" if has_own_heads else None)
@@ -107,10 +109,16 @@ def exchange_for(spans: Spans) -> Exchange | None:
     return Exchange((spans.back, spans.ahead))
 
 
-def own_head(x: jax.Array) -> jax.Array:
-    """[B, S, K, H] -> [B, S, 1, H], the head of this shard of `tensor`, of which there are several to a head."""
-    head = jax.lax.axis_index("tensor") * x.shape[2] // jax.lax.axis_size("tensor")
-    return jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2)
+def own_heads(x: jax.Array) -> jax.Array:
+    """[B, S, K, H] -> [B, S, K', H], the heads that queries of this shard of `tensor` use, each as often as another.
+
+    Queries of one head may be on several shards, and not all those of a shard need be of the same.
+    """
+    num_heads, shards = x.shape[2], jax.lax.axis_size("tensor")
+    parts = math.lcm(num_heads, shards)  # of all queries, each on one shard and of one head
+    own = jax.lax.axis_index("tensor") * (parts // shards) + np.arange(parts // shards)
+    heads = [jax.lax.dynamic_slice_in_dim(x, part * num_heads // parts, 1, axis=2) for part in own]
+    return jnp.concatenate(heads, axis=2)
 
 
 def whole_row(x: jax.Array) -> jax.Array:

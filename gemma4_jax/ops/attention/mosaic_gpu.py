@@ -6,13 +6,12 @@ take it. What has been seen, without one: that forward and backward lower for Ho
 does not), and that these masks mean what spans do (tests/ops/test_mosaic_gpu.py).
 """
 
-import importlib.util
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
+from gemma4_jax.ops import hopper
 from gemma4_jax.ops.attention.spans import Spans
 
 HEAD_DIM = 256
@@ -31,8 +30,7 @@ def mosaic_gpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans)
     # It is an extra, and takes seconds to import.
     from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
 
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # or tokamax takes the arguments of whatever command this is for its own
+    hopper.keep_flags()
     num_queries = q.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0))) for x in (q, k, v))
     fill = (0, 0), (0, -num_queries % BLOCK)
@@ -51,10 +49,8 @@ def mask_of(spans: Spans) -> Any:
 
 def reason_against(shape: Any, platform: str) -> str | None:
     """Why it should not compute attention of a shape, or None."""
-    if platform != "gpu":
-        return "it is written for Hopper GPUs"
-    if importlib.util.find_spec("tokamax") is None:
-        return 'tokamax is not installed: pip install "gemma4-jax[mosaic_gpu]"'
+    if (reason := hopper.reason_against(platform)) is not None:
+        return reason
     if shape.head_dim != HEAD_DIM:
         return f"its heads are {HEAD_DIM} wide"
     if shape.num_queries < BLOCK:
