@@ -155,7 +155,8 @@ transformers {transformers} with torch {torch}, whose experts are torch's `group
 | one core, CPU time a step, s | {of_one[our_cpu]:.2f} | {of_one[their_cpu]:.2f} | {of_one[cpu_ratio]:.2f} |
 | peak memory, MiB | {of_two[our_peak]:,.0f} | {of_two[their_peak]:,.0f} | {of_two[peak_ratio]:.2f} |
 
-On an AMD EPYC they were 1.90, 1.82 and 0.70. Most of a step is what one without experts takes."""
+With large pages, as `make` sets them (README.md), here and above; without, the first two ratios were 1.27 and 1.26. On
+an AMD EPYC they were 1.90, 1.82 and 0.70. Most of a step is what one without experts takes."""
 
 
 def loss_gradient(function: Callable[..., jax.Array], inputs: tuple[jax.Array, ...]) -> Callable[..., Any]:

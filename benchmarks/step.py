@@ -54,7 +54,8 @@ Memory is the largest that the process had resident, libraries included.
 """
 
 COMPILE_TEXT = """
-Theirs gains more from a processor of Intel: on two cores of an AMD EPYC the ratios were 1.60 and 1.93.
+Both had large pages, as `make` sets them (README.md); without, the ratios were 1.51 and 1.68. On two cores of an AMD
+EPYC they were 1.60 and 1.93.
 
 Layers are scanned by period, so a deeper model is no longer program: to trace and compile the step of 1 x 4,096 takes
 {short:.0f} processor seconds with {few} layers and {long:.0f} with {many}, {ratio:.2f} times as many.
