@@ -23,6 +23,7 @@ import numpy as np
 from gemma4_jax.batch import FIELDS, Batch
 from gemma4_jax.configs import base
 from gemma4_jax.counts import flops_per_token
+from gemma4_jax.errors import reason_of
 from gemma4_jax.ops.attention import IMPLEMENTATIONS, Shape, attend
 from gemma4_jax.ops.attention.spans import document_spans
 from gemma4_jax.run_config import RunConfig
@@ -109,7 +110,7 @@ def attention(size: str, lengths: list[int], rounds: int) -> None:
                     ImportError,
                     ValueError,
                 ) as error:  # such as too little memory
-                    figure = f"failed: {str(error).splitlines()[0][:80]}"
+                    figure = f"failed: {reason_of(error)}"
                 print(f"{size} {kind:8} T {length:7,} {name:10} {figure}", flush=True)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from attention_gpu import seconds
 
-from gemma4_jax.errors import InputError
+from gemma4_jax.errors import InputError, reason_of
 from gemma4_jax.ops.expert_parallel import apply_experts, choose
 from gemma4_jax.ops.policy import KernelPolicy
 
@@ -109,7 +109,7 @@ def measure(experts: int, choices: np.ndarray, dim: int, width: int, rounds: int
                 of_blocks = step() if name == "blocks" else of_blocks
                 figure += f", {difference(step(), of_blocks):.4f} from blocks"
         except (RuntimeError, NotImplementedError, ImportError, InputError) as error:  # such as too little memory
-            figure = f"failed: {str(error).splitlines()[0]:.160}"
+            figure = f"failed: {reason_of(error)}"
         print(f"{experts} experts, {len(choices):,} tokens: {name:10} {figure}", flush=True)
 
 

@@ -131,7 +131,10 @@ _MANY_LEFT_OUT = 0.1
 
 
 def _table(summary: Mapping[str, Any]) -> str:
-    shown = {name: value for name, value in summary.items() if value is not None and name != "data"}
+    # What did not happen is no figure: no run need say that its data did not end it.
+    shown = {
+        name: value for name, value in summary.items() if value is not None and value is not False and name != "data"
+    }
     rows = "".join(
         f"<tr><td>{html.escape(_label(name))}</td><td>{_value(name, value)}</td></tr>" for name, value in shown.items()
     )

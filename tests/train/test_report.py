@@ -113,6 +113,13 @@ def test_many_documents_left_out_are_a_warning(data, warning, tmp_path: Path):
     assert ('class="warning"' in (tmp_path / "report.html").read_text()) == (warning is not None)
 
 
+@pytest.mark.parametrize("data_ended", [False, True])
+def test_a_run_that_ended_with_its_data_says_so_and_no_other_does(data_ended, tmp_path: Path):
+    text = shown(tmp_path, {"steps": 7, "eval_loss": 0.0, "data_ended": data_ended})
+    assert ("ended with its data" in text) == data_ended
+    assert "eval loss" in text  # a figure of zero is one
+
+
 def test_a_curve_of_one_point_has_axes_to_read():
     """Its step is the last of whole steps from 0; a value of 0 is not the middle of -1 and 1."""
 
